@@ -1,0 +1,225 @@
+//! The settings of one queue, and whether they fit together.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::broker::QueueSpec;
+use crate::dedup::{DedupLayer, DedupStore, MemoryStore, SharedStore, StorePolicy};
+use crate::handler::Needs;
+use crate::{Backoff, MissingId, Observer, defaults};
+
+/// Everything about a queue but its handler.
+#[derive(Clone)]
+pub(crate) struct QueueConfig {
+    pub(crate) spec: QueueSpec,
+    pub(crate) scope: Option<String>,
+    pub(crate) store: Option<Arc<dyn DedupStore>>,
+    pub(crate) dedup: DedupConfig,
+    pub(crate) backoff: Backoff,
+    pub(crate) tries: u32,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) concurrency: usize,
+    pub(crate) pause_hold: Duration,
+    pub(crate) reject_failed: bool,
+    pub(crate) observer: Option<Arc<dyn Observer>>,
+}
+
+/// The settings of dedup, before there is a store and a scope. Changes are kept as a function
+/// of the layer, so that each default stands in one place.
+#[derive(Clone)]
+pub(crate) struct DedupConfig {
+    pub(crate) lease: Duration,
+    pub(crate) window: Duration,
+    pub(crate) max_run: Duration,
+    pub(crate) max_attempts: u32,
+    pub(crate) missing_id: MissingId,
+    pub(crate) store_policy: StorePolicy,
+    changes: Arc<dyn Fn(DedupLayer) -> DedupLayer + Send + Sync>,
+}
+
+impl DedupConfig {
+    pub(crate) fn then(&mut self, change: impl Fn(DedupLayer) -> DedupLayer + Send + Sync + 'static) {
+        let earlier = Arc::clone(&self.changes);
+        self.changes = Arc::new(move |layer| change(earlier(layer)));
+    }
+
+    pub(crate) fn into_layer(self, store: Arc<dyn DedupStore>, scope: String) -> DedupLayer {
+        let layer = DedupLayer::new(SharedStore::from(store), scope)
+            .with_lease(self.lease)
+            .with_window(self.window)
+            .with_max_run(self.max_run)
+            .with_max_attempts(self.max_attempts)
+            .with_missing_id(self.missing_id)
+            .with_store_policy(self.store_policy);
+        (self.changes)(layer)
+    }
+}
+
+impl Default for DedupConfig {
+    fn default() -> Self {
+        Self {
+            lease: defaults::LEASE,
+            window: defaults::WINDOW,
+            max_run: defaults::MAX_RUN,
+            max_attempts: defaults::MAX_ATTEMPTS,
+            missing_id: MissingId::default(),
+            store_policy: StorePolicy::default(),
+            changes: Arc::new(|layer| layer),
+        }
+    }
+}
+
+impl QueueConfig {
+    pub(crate) fn new(name: String) -> Self {
+        Self {
+            spec: QueueSpec::new(name),
+            scope: None,
+            store: None,
+            dedup: DedupConfig::default(),
+            backoff: Backoff::attempts(),
+            tries: defaults::TRIES,
+            timeout: None,
+            concurrency: defaults::CONCURRENCY,
+            pause_hold: defaults::PAUSE_HOLD,
+            reject_failed: false,
+            observer: None,
+        }
+    }
+
+    pub(crate) fn store(&self) -> Arc<dyn DedupStore> {
+        self.store.clone().unwrap_or_else(|| Arc::new(MemoryStore::new()))
+    }
+
+    /// Refuses what is unsafe, and warns of what is risky.
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        let queue = || self.spec.name.clone();
+        if self.spec.name.is_empty() {
+            return Err(ConfigError::NoName);
+        }
+        if self.spec.dead_letter.is_none() && !self.reject_failed {
+            return Err(ConfigError::NoDeadLetter { queue: queue() });
+        }
+        if self.concurrency == 0 || usize::from(self.spec.prefetch) < self.concurrency {
+            let (prefetch, concurrency) = (self.spec.prefetch, self.concurrency);
+            return Err(ConfigError::Concurrency { queue: queue(), concurrency, prefetch });
+        }
+        if self.dedup.window < self.dedup.lease {
+            let (window, lease) = (self.dedup.window, self.dedup.lease);
+            return Err(ConfigError::Window { queue: queue(), window, lease });
+        }
+        if self.spec.hold.is_zero() {
+            return Err(ConfigError::Hold { queue: queue() });
+        }
+        self.warn();
+        Ok(())
+    }
+
+    fn warn(&self) {
+        if self.dedup.max_attempts < 3 {
+            tracing::warn!(
+                target: "guestlist", queue = self.spec.name, max_attempts = self.dedup.max_attempts,
+                "with fewer than 3 attempts, a message that kills its process can take a good neighbour's last one"
+            );
+        }
+        if self.timeout.is_some_and(|timeout| timeout > self.dedup.max_run) {
+            tracing::warn!(target: "guestlist", queue = self.spec.name, "the timeout is longer than max_run, which ends the handler first");
+        }
+    }
+
+    /// An argument that needs a claim does not go with messages that run without one.
+    pub(crate) fn check_needs(&self, needs: Needs) -> Result<(), ConfigError> {
+        let unclaimed = match (self.dedup.missing_id, self.dedup.store_policy) {
+            (MissingId::Process, _) => "missing_id(MissingId::Process)",
+            (_, StorePolicy::Process) => "on_store_failure(StorePolicy::Process)",
+            _ => return Ok(()),
+        };
+        if needs.claim {
+            return Err(ConfigError::Needs { queue: self.spec.name.clone(), setting: unclaimed });
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for QueueConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("QueueConfig")
+            .field("spec", &self.spec)
+            .field("scope", &self.scope)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Settings that do not fit together: nothing was consumed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// There is no queue to consume.
+    #[error("the consumer has no queue: add one with `.queue(Queue::new(\"…\").handler(…))`")]
+    NoQueue,
+    /// A queue has an empty name.
+    #[error("a queue's name is empty")]
+    NoName,
+    /// A queue has no handler.
+    #[error("queue `{queue}` has no handler: add `.handler(…)`")]
+    NoHandler {
+        /// The queue.
+        queue: String,
+    },
+    /// Two queues have the same name.
+    #[error("queue `{queue}` is there twice; one consumer takes each queue once")]
+    Twice {
+        /// The queue.
+        queue: String,
+    },
+    /// Nothing says what becomes of messages that cannot be handled.
+    #[error(
+        "queue `{queue}` does not say where failed messages go: add `.dead_letter(\"{queue}.dead\")`, or `.reject_failed()` to leave it to the broker"
+    )]
+    NoDeadLetter {
+        /// The queue.
+        queue: String,
+    },
+    /// No handler could run, or fewer than asked for.
+    #[error(
+        "queue `{queue}` has concurrency {concurrency} and prefetch {prefetch}: concurrency must be at least 1, and prefetch at least as large"
+    )]
+    Concurrency {
+        /// The queue.
+        queue: String,
+        /// Its concurrency.
+        concurrency: usize,
+        /// Its prefetch.
+        prefetch: u16,
+    },
+    /// An id would be forgotten while it is still being worked on.
+    #[error(
+        "queue `{queue}` has a window of {window:?}, shorter than its lease of {lease:?}: an id would be forgotten while it is worked on"
+    )]
+    Window {
+        /// The queue.
+        queue: String,
+        /// Its window.
+        window: Duration,
+        /// Its lease.
+        lease: Duration,
+    },
+    /// A hold step of nothing.
+    #[error("queue `{queue}` has a hold step of zero: delayed messages would come straight back")]
+    Hold {
+        /// The queue.
+        queue: String,
+    },
+    /// The handler wants what some of its messages would not have.
+    #[error(
+        "the handler of queue `{queue}` takes a `Fence` or `MessageId`, which messages without a claim do not have; remove `{setting}` or the argument"
+    )]
+    Needs {
+        /// The queue.
+        queue: String,
+        /// The setting that lets messages run without a claim.
+        setting: &'static str,
+    },
+}

@@ -1,0 +1,71 @@
+//! Each id once: claims by lease, remembered completions.
+//!
+//! # What it promises
+//!
+//! 1. An id is remembered as done only after the handler returned `Ok`.
+//! 2. At most one run of an id holds an unexpired lease, over all consumers that share the store.
+//! 3. A delivery of an id that is in progress elsewhere is never acked: it waits, then is handed back.
+//! 4. A failed, panicked, cancelled or timed-out handler gives its claim back, so that the next
+//!    delivery runs, but not before its backoff is over, and at most `max_attempts` times.
+//! 5. Attempts are counted when the id is claimed, so that a message that kills its process is
+//!    noticed; ids whose holder vanished run one at a time.
+//!
+//! It does not promise exactly-once effects: a crash between the handler's `Ok` and `complete` runs the handler
+//! again once the lease is over.
+//!
+//! # Example
+//!
+//! The layer around any tower service of messages, without the rest of this crate:
+//!
+//! ```
+//! use guestlist::dedup::{DedupLayer, MemoryStore};
+//! use guestlist::{HandlerService, Message, Outcome};
+//! use tower::{ServiceBuilder, ServiceExt};
+//!
+//! # #[tokio::main(flavor = "current_thread")] async fn main() {
+//! let service = ServiceBuilder::new()
+//!     .layer(DedupLayer::new(MemoryStore::new(), "orders"))
+//!     .service(HandlerService::new(async |_: Message| Ok(())));
+//!
+//! let order = || Message::builder("{}").transport_id("order-1").build();
+//! assert_eq!(service.clone().oneshot(order()).await.unwrap(), Outcome::Handled);
+//! assert_eq!(service.clone().oneshot(order()).await.unwrap(), Outcome::Duplicate);
+//! # }
+//! ```
+
+mod claims;
+mod guard;
+mod layer;
+pub mod protocol;
+mod service;
+pub mod store;
+mod suspects;
+mod wait;
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use self::claims::Lease;
+pub(crate) use self::guard::HeldClaim;
+pub use self::layer::{DedupLayer, SharedStore, StorePolicy};
+pub use self::protocol::{Before, Fence, Release};
+pub use self::service::Dedup;
+pub use self::store::{DedupStore, InProcessStore, MemoryStore, StoreError, StoreFeatures};
+pub use self::suspects::Suspects;
+
+/// What a handler may know of its run.
+#[derive(Clone, Debug)]
+pub(crate) struct RunContext {
+    pub(crate) fence: Fence,
+    pub(crate) attempt: u32,
+    pub(crate) cancel: Option<CancellationToken>,
+    lease: Arc<Lease>,
+}
+
+impl RunContext {
+    /// Whether the claim behind the run still holds, by the holder's own view.
+    pub(crate) fn in_force(&self) -> bool {
+        self.lease.in_force()
+    }
+}

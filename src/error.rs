@@ -1,0 +1,94 @@
+//! The crate's own error: why a consumer did not start, or gave up.
+
+use std::fmt;
+
+use crate::BoxError;
+use crate::broker::{BrokerError, BrokerErrorKind};
+use crate::consumer::ConfigError;
+
+/// Why a consumer did not start, or gave up.
+///
+/// `Debug` prints the same line as `Display`, with its causes, since that is what a `main` that returns it shows.
+pub struct Error {
+    kind: ErrorKind,
+    what: String,
+    source: Option<BoxError>,
+}
+
+/// What kind of error it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The settings do not fit together, or the URL is none that this build knows.
+    Config,
+    /// The broker does not answer, or refuses.
+    Broker,
+    /// A queue's loop ended by itself. A bug, of ours or of an observer's.
+    Loop,
+}
+
+impl Error {
+    pub(crate) fn url(what: impl Into<String>) -> Self {
+        Self { kind: ErrorKind::Config, what: what.into(), source: None }
+    }
+
+    pub(crate) fn loop_ended(error: tokio::task::JoinError) -> Self {
+        let what = "the loop of a queue ended by itself".to_owned();
+        Self { kind: ErrorKind::Loop, what, source: Some(error.into()) }
+    }
+
+    pub(crate) fn gave_up(queue: &str, failures: u32, error: Option<BrokerError>) -> Self {
+        let what = format!("gave up on queue `{queue}`: {failures} subscriptions in a row brought nothing");
+        Self { kind: ErrorKind::Broker, what, source: error.map(Into::into) }
+    }
+
+    /// What kind of error it is.
+    pub const fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The broker's kind, if a broker is behind it.
+    pub fn broker(&self) -> Option<BrokerErrorKind> {
+        self.source.as_ref()?.downcast_ref::<BrokerError>().map(BrokerError::kind)
+    }
+}
+
+impl From<ConfigError> for Error {
+    fn from(error: ConfigError) -> Self {
+        Self {
+            kind: ErrorKind::Config,
+            what: "the consumer's settings".to_owned(),
+            source: Some(error.into()),
+        }
+    }
+}
+
+impl From<BrokerError> for Error {
+    fn from(error: BrokerError) -> Self {
+        Self { kind: ErrorKind::Broker, what: "the broker".to_owned(), source: Some(error.into()) }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)?;
+        let mut source = std::error::Error::source(self);
+        while let Some(error) = source {
+            write!(f, ": {error}")?;
+            source = error.source();
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}

@@ -1,0 +1,111 @@
+//! Consumer middleware for message queues: an *idempotent consumer*.
+//!
+//! Networks hiccup, so senders send twice and brokers deliver twice; when the message says "charge the customer",
+//! the second copy must not run. guestlist wraps the handler you have in tower layers: each delivery's id is
+//! looked up in a store, duplicates are acked without calling the handler, failures are tried again with
+//! a delay, and what cannot be handled goes to the dead letters with its story.
+//!
+//! ```no_run
+//! use guestlist::prelude::*;
+//!
+//! #[derive(serde::Deserialize)]
+//! struct Charge { account: String, cents: i64 }
+//!
+//! async fn charge(Json(c): Json<Charge>, fence: Fence) -> Result<(), Failure> {
+//!     if c.cents <= 0 {
+//!         return Err(Failure::permanent("amount must be positive")); // → dead letter
+//!     }
+//!     bank::charge(&c.account, c.cents, fence).await?;               // any error: transient → retried
+//!     Ok(())                                                         // → remembered, then acked
+//! }
+//!
+//! #[tokio::main]
+//! async fn main() -> guestlist::Result {
+//!     Consumer::connect("amqp://localhost").await?
+//!         .queue(Queue::new("charges").window(HOUR).dead_letter("charges.dead").handler(charge))
+//!         .run_until(guestlist::signal())
+//!         .await
+//! }
+//! # mod bank {
+//! #     pub async fn charge(_: &str, _: i64, _: guestlist::Fence) -> Result<(), std::io::Error> { Ok(()) }
+//! # }
+//! ```
+//!
+//! # Where things are
+//!
+//! - [`Consumer`] and [`Queue`] run a handler over a broker; [`broker`] has the brokers.
+//! - [`dedup`] is the heart: the claim protocol and its stores. [`redeliver`], [`dead_letter`], [`retry`] and [`trace`]
+//!   are the other layers; [`Pipeline`] puts them in their one right order.
+//!
+//! # Features
+//!
+//! None is on by default. `amqp`: RabbitMQ. `nats`: NATS. `testing`: contract suites and doubles for tests of your
+//! own. `full`: all of them. The in-memory broker and store are always there.
+
+mod backoff;
+pub mod broker;
+mod clock;
+mod consumer;
+pub mod dead_letter;
+pub mod dedup;
+pub mod defaults;
+mod delivery;
+mod disposition;
+mod error;
+mod events;
+mod failure;
+mod handler;
+mod identity;
+mod message;
+mod pause;
+mod pipeline;
+pub mod redeliver;
+pub mod retry;
+mod signal;
+#[cfg(feature = "testing")]
+pub mod testing;
+pub mod trace;
+
+pub use tokio_util::sync::CancellationToken;
+
+pub use self::backoff::Backoff;
+pub use self::consumer::{ConfigError, Consumer, Queue, QueueStatus, State, Status, disposition};
+pub use self::dedup::Fence;
+pub use self::delivery::{AckHandle, Acker, BoxFuture, Delivery, Settle, Settling};
+pub use self::disposition::{Disposition, Outcome};
+pub use self::error::{Error, ErrorKind};
+pub use self::events::{Event, EventKind, Observer};
+pub use self::failure::{Cause, Failure, FailureClass};
+pub use self::handler::{
+    Arguments, Attempt, FromMessage, Handled, Handler, HandlerFuture, HandlerService, Json, Needs,
+};
+pub use self::identity::{DedupKey, Identity, MissingId, Scope};
+pub use self::message::{Headers, Message, MessageBuilder, MessageId, Source};
+pub use self::pipeline::{Inner, InsideDedup, OutsideDedup, Pipeline, Stack};
+pub use self::signal::signal;
+
+/// A boxed error: what the services of a stack speak.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What a `main` that runs a consumer returns.
+pub type Result<T = (), E = Error> = std::result::Result<T, E>;
+
+/// What most programs need.
+pub mod prelude {
+    pub use crate::consumer::{Consumer, Queue};
+    pub use crate::dedup::{Fence, MemoryStore};
+    pub use crate::failure::Failure;
+    pub use crate::handler::{Attempt, Json};
+    pub use crate::identity::{Identity, MissingId};
+    pub use crate::message::{Message, MessageId};
+    pub use crate::{Backoff, CancellationToken};
+
+    use std::time::Duration;
+
+    /// A minute.
+    pub const MINUTE: Duration = Duration::from_secs(60);
+    /// An hour.
+    pub const HOUR: Duration = Duration::from_secs(60 * 60);
+    /// A day.
+    pub const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+}

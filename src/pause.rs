@@ -1,0 +1,126 @@
+//! The gate of a queue: closed while its store or its dead-letter destination is away.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::clock::after;
+
+/// Who is away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Away {
+    Store,
+    DeadLetters,
+}
+
+/// One gate per queue. Whoever finds something away closes it; whoever is answered again opens
+/// it; the consumer stops pulling while it is closed, and gives up what it holds in the end.
+#[derive(Clone, Debug)]
+pub(crate) struct Gate(Arc<watch::Sender<State>>);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct State {
+    store_away: bool,
+    dead_letters_away: bool,
+    since: Option<Instant>,
+    given_up: bool,
+}
+
+impl State {
+    fn closed(&self) -> bool {
+        self.store_away || self.dead_letters_away
+    }
+
+    fn set(&mut self, who: Away, away: bool) -> bool {
+        let flag = match who {
+            Away::Store => &mut self.store_away,
+            Away::DeadLetters => &mut self.dead_letters_away,
+        };
+        if *flag == away {
+            return false;
+        }
+        *flag = away;
+        self.since = if self.closed() { self.since.or_else(|| Some(Instant::now())) } else { None };
+        true
+    }
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::new(State::default())))
+    }
+}
+
+impl Gate {
+    pub(crate) fn close(&self, who: Away) {
+        self.0.send_if_modified(|state| state.set(who, true));
+    }
+
+    pub(crate) fn open(&self, who: Away) {
+        // Read first: opening an open gate is the common case, and must not lock for writing.
+        if self.is_closed() {
+            self.0.send_if_modified(|state| state.set(who, false));
+        }
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.0.borrow().closed()
+    }
+
+    /// Who is away, for the status.
+    pub(crate) fn away(&self) -> Option<Away> {
+        let state = *self.0.borrow();
+        match state {
+            State { store_away: true, .. } => Some(Away::Store),
+            State { dead_letters_away: true, .. } => Some(Away::DeadLetters),
+            _ => None,
+        }
+    }
+
+    /// Ends when the gate is open.
+    pub(crate) fn opened(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.until(|state| !state.closed())
+    }
+
+    /// Ends when the gate has been closed for `hold`.
+    pub(crate) async fn closed_for(&self, hold: Duration) {
+        loop {
+            self.until(State::closed).await;
+            let since = self.0.borrow().since.unwrap_or_else(Instant::now);
+            tokio::select! {
+                () = tokio::time::sleep_until(after(since, hold)) => return,
+                () = self.opened() => {}
+            }
+        }
+    }
+
+    /// The consumer asks the broker for no more: what is in hand may be let go.
+    pub(crate) fn give_up(&self) {
+        self.0.send_modify(|state| state.given_up = true);
+    }
+
+    /// Ends when the consumer has given up.
+    pub(crate) fn given_up(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.until(|state| state.given_up)
+    }
+
+    /// A new subscription tries its luck.
+    pub(crate) fn reset(&self) {
+        self.0.send_modify(|state| *state = State::default());
+    }
+
+    fn until(
+        &self,
+        done: impl Fn(&State) -> bool + Send + Sync + 'static,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        // A sender is kept, so that the wait cannot end by the gate's end.
+        let (gate, mut changes) = (Arc::clone(&self.0), self.0.subscribe());
+        async move {
+            let _ = changes.wait_for(|state| done(state)).await;
+            drop(gate);
+        }
+    }
+}

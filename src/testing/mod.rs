@@ -1,0 +1,11 @@
+//! For your own tests: the contract that every broker keeps, a recorder of events, a store that
+//! fails as told.
+//!
+//! Feature `testing`. Nothing here is for production: a broken promise panics.
+
+pub mod broker_contract;
+mod faulty_store;
+mod recorder;
+
+pub use self::faulty_store::{Fault, FaultyStore};
+pub use self::recorder::Recorder;

@@ -1,0 +1,22 @@
+//! All integration tests in one crate: the clients are linked once.
+
+#[cfg(feature = "testing")]
+mod bad_input;
+#[cfg(feature = "testing")]
+mod dedup_layer;
+#[cfg(feature = "testing")]
+mod faults;
+#[cfg(feature = "testing")]
+mod handlers;
+#[cfg(feature = "testing")]
+mod invariants;
+#[cfg(feature = "testing")]
+mod memory_broker;
+#[cfg(feature = "testing")]
+mod middleware;
+#[cfg(feature = "testing")]
+mod stopping;
+#[cfg(feature = "testing")]
+mod strangers;
+#[cfg(feature = "testing")]
+mod support;
