@@ -5,6 +5,8 @@
 //! frames), `publish` (copies, confirmed and routed).
 //! [`testing::broker_contract`](crate::testing) holds a fourth to the same promises.
 
+#[cfg(feature = "amqp")]
+pub mod amqp;
 pub mod copy;
 mod error;
 pub mod memory;

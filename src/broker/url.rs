@@ -37,6 +37,12 @@ pub async fn connect(url: &str) -> Result<Arc<dyn Broker>, Error> {
     }
 }
 
+#[cfg(feature = "amqp")]
+async fn amqp(url: &str) -> Result<Arc<dyn Broker>, Error> {
+    Ok(Arc::new(super::amqp::Amqp::connect(url).await?))
+}
+
+#[cfg(not(feature = "amqp"))]
 #[expect(clippy::unused_async, reason = "the other build awaits")]
 async fn amqp(_url: &str) -> Result<Arc<dyn Broker>, Error> {
     Err(Error::url("this build of guestlist does not speak AMQP: enable its feature `amqp`"))

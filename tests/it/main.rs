@@ -1,9 +1,13 @@
 //! All integration tests in one crate: the clients are linked once.
 
+#[cfg(all(feature = "amqp", feature = "testing"))]
+mod amqp_broker;
 #[cfg(feature = "testing")]
 mod bad_input;
 #[cfg(feature = "testing")]
 mod dedup_layer;
+#[cfg(feature = "amqp")]
+mod end_to_end;
 #[cfg(feature = "testing")]
 mod faults;
 #[cfg(feature = "testing")]

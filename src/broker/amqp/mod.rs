@@ -1,0 +1,131 @@
+//! RabbitMQ, and other brokers that speak AMQP 0-9-1.
+//!
+//! ```no_run
+//! use guestlist::broker::amqp::Amqp;
+//! use guestlist::broker::{Broker, QueueSpec};
+//!
+//! # async fn f() -> Result<(), guestlist::BoxError> {
+//! let broker = Amqp::connect("amqp://guest:guest@localhost").await?;
+//! let queue = QueueSpec::new("charges");
+//! broker.prepare(&queue).await?;
+//! let subscription = broker.subscribe(&queue).await?;
+//! # Ok(()) }
+//! ```
+//!
+//! # What it promises
+//!
+//! 1. A delivery is acked only by [`Disposition::Ack`](crate::Disposition::Ack), or after its copy
+//!    in the hold queue was confirmed and routed. A delivery of a channel that is closed is never
+//!    settled by another.
+//! 2. A copy that is `Ok` is confirmed *and* in a queue: each is published `mandatory`, with
+//!    nothing else unconfirmed on its channel. A confirm that does not come in time is *unknown*.
+//! 3. A copy is not refused, expired, or sent to more queues for what its sender wrote: body, content
+//!    type, correlation and application headers are the original's to the byte; `user_id`,
+//!    `expiration`, `CC` and `BCC` are moved aside, the broker's own `x-death` and counters dropped,
+//!    and it is persistent.
+//! 4. A subscription that is [cancelled](crate::broker::Subscription::cancel) gives back what was
+//!    not handled before its channel is closed. RabbitMQ 4.3 counts every delivery of a closed
+//!    channel, handled or not, and drops a message at its queue's delivery limit.
+//!
+//! # Delays
+//!
+//! AMQP has no delayed redelivery. A delayed message is copied to `<queue>.hold.<step>ms`, a queue
+//! that dead-letters it back after the one step of its [`QueueSpec::hold`]. A delay that is longer
+//! takes several rounds (the store says when it is due), one that is shorter takes a whole step. The
+//! hold queue is made when it is missing, also with [`Declare::Check`](crate::broker::Declare), and
+//! always a quorum queue with at-least-once dead-lettering: RabbitMQ 3.10 or later. Another step is
+//! another queue; the old one still returns what is in it, and can be deleted when it is empty.
+//!
+//! If the copy fails, the delivery is given back a second later, and the error returned.
+//!
+//! # Limits
+//!
+//! * A queue that was declared elsewhere may have a delivery limit, on RabbitMQ 4 by default one of
+//!   20. AMQP cannot read it. At the limit the broker drops the message, or hands it to the queue's
+//!   own dead-letter exchange; waits and drains count too. Set a high one, and on RabbitMQ 4 only,
+//!   `-1` for none: RabbitMQ 3 takes -1 as well, and drops each message at its first redelivery.
+//!   Queues made by [`Declare::Create`](crate::broker::Declare::Create) have a limit of 2147483647.
+//! * The broker gives up on a delivery that is unsettled for 30 minutes (`consumer_timeout`).
+//!   Heartbeats do not extend it.
+//! * An ack is not confirmed by AMQP. One that is lost with its connection is noticed by a
+//!   redelivery, which dedup skips.
+//! * lapin cannot read a message with a property or a header's name that is not UTF-8, and ends the
+//!   connection; so it does with each redelivery.
+//! * A classic queue does not count deliveries:
+//!   [`broker_deliveries`](crate::Message::broker_deliveries) is there with quorum queues only.
+//!   A quorum queue of RabbitMQ 3 also counts what was given back unhandled.
+//!
+//! # Permissions
+//!
+//! | what for | configure | write | read |
+//! |---|---|---|---|
+//! | consuming | | | the queue |
+//! | delays | `<queue>.hold.*` | `amq.default` | `<queue>.hold.*` |
+//! | dead letters | | `amq.default` | |
+//! | [`Declare::Create`](crate::broker::Declare::Create) | the queue, the dead-letter queue | | |
+//!
+//! A user without the permission to configure the hold queue can have it declared beforehand:
+//! durable, with the arguments `x-queue-type: quorum`, `x-message-ttl` (the step in milliseconds),
+//! `x-dead-letter-exchange` (empty), `x-dead-letter-routing-key` (the queue),
+//! `x-dead-letter-strategy: at-least-once` and `x-overflow: reject-publish`. With others, messages
+//! can be lost on their way back, and guestlist cannot see it.
+//!
+//! # Your own loop
+//!
+//! [`split`] turns a delivery of lapin's into a message and its acker, for teams that keep their
+//! own consumer and take only the layers.
+
+mod connect;
+mod publish;
+mod settle;
+mod source;
+mod split;
+mod topology;
+
+use async_trait::async_trait;
+pub use lapin;
+
+pub use self::connect::{Amqp, ConnectOptions};
+pub use self::split::split;
+use super::{Broker, BrokerError, Copy, Destination, Features, QueueSpec, Subscription};
+use crate::defaults;
+
+#[async_trait]
+impl Broker for Amqp {
+    fn system(&self) -> &'static str {
+        source::SYSTEM
+    }
+
+    /// The delay step is that of a queue with the defaults. Whether deliveries are counted depends
+    /// on the queue, so they are not.
+    fn features(&self) -> Features {
+        Features { delay_step: defaults::HOLD, ..Features::new() }
+    }
+
+    /// `amqp:{vhost}/{queue}`. Slashes in a vhost's name, but for that of the default one, are
+    /// encoded, so that no two queues share a scope.
+    fn default_scope(&self, queue: &QueueSpec) -> String {
+        let vhost = match self.vhost() {
+            "/" => "/".to_owned(),
+            other => other.replace('%', "%25").replace('/', "%2F"),
+        };
+        format!("amqp:{vhost}/{}", queue.name)
+    }
+
+    async fn prepare(&self, queue: &QueueSpec) -> Result<(), BrokerError> {
+        topology::prepare(&self.consuming, queue).await
+    }
+
+    async fn subscribe(&self, queue: &QueueSpec) -> Result<Box<dyn Subscription>, BrokerError> {
+        Ok(Box::new(source::subscribe(self, queue).await?))
+    }
+
+    async fn publish(&self, to: &Destination, copy: &Copy<'_>) -> Result<(), BrokerError> {
+        self.publisher.publish(to.name(), copy, defaults::CONFIRM).await
+    }
+
+    async fn close(&self) {
+        self.consuming.close().await;
+        self.publisher.close().await;
+    }
+}
