@@ -10,6 +10,8 @@ pub mod amqp;
 pub mod copy;
 mod error;
 pub mod memory;
+#[cfg(feature = "nats")]
+pub mod nats;
 mod spec;
 mod url;
 

@@ -48,6 +48,12 @@ async fn amqp(_url: &str) -> Result<Arc<dyn Broker>, Error> {
     Err(Error::url("this build of guestlist does not speak AMQP: enable its feature `amqp`"))
 }
 
+#[cfg(feature = "nats")]
+async fn nats(url: &str) -> Result<Arc<dyn Broker>, Error> {
+    Ok(Arc::new(super::nats::Nats::connect(url).await?))
+}
+
+#[cfg(not(feature = "nats"))]
 #[expect(clippy::unused_async, reason = "the other build awaits")]
 async fn nats(_url: &str) -> Result<Arc<dyn Broker>, Error> {
     Err(Error::url("this build of guestlist does not speak NATS: enable its feature `nats`"))

@@ -6,7 +6,7 @@ mod amqp_broker;
 mod bad_input;
 #[cfg(feature = "testing")]
 mod dedup_layer;
-#[cfg(feature = "amqp")]
+#[cfg(any(feature = "amqp", feature = "nats"))]
 mod end_to_end;
 #[cfg(feature = "testing")]
 mod faults;
@@ -18,6 +18,8 @@ mod invariants;
 mod memory_broker;
 #[cfg(feature = "testing")]
 mod middleware;
+#[cfg(feature = "nats")]
+mod nats_broker;
 #[cfg(feature = "testing")]
 mod stopping;
 #[cfg(feature = "testing")]

@@ -2,6 +2,8 @@
 
 #[cfg(feature = "amqp")]
 mod amqp;
+#[cfg(feature = "nats")]
+mod nats;
 mod proxy;
 
 use std::collections::HashMap;

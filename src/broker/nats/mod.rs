@@ -1,0 +1,157 @@
+//! NATS: a durable pull consumer of a `JetStream` stream, or a core subject.
+//!
+//! # What it promises
+//!
+//! 1. A message is acked only by [`Ack`](crate::Disposition::Ack); any other end brings it again, or
+//!    (`Reject`) ends it by name (`+TERM`).
+//! 2. A delay is kept by the server (`-NAK` with a delay): to the millisecond, over crashes of this
+//!    process. Nothing is copied for it.
+//! 3. A copy counts as kept when a stream has confirmed it. A confirmation that says *duplicate*
+//!    counts only while the message it is a duplicate of is still there.
+//! 4. A copy has the body and headers of its original. What the server would act on (every
+//!    `Nats-*` header) and what cannot travel (a value with a line end, spaces at its edges, or
+//!    that is not UTF-8) is moved aside, and shown in its place again.
+//! 5. No more is asked of the server than can be taken in hand, so no deadline runs for a message
+//!    that waits in a buffer.
+//! 6. A lost connection, a server that is silent for 10 s, a deleted durable or stream: each ends
+//!    the subscription with an error that says which.
+//! 7. `cancel` hands back at once what had arrived and was not delivered.
+//! 8. Credentials are in no `Debug`, error or log of ours, and not in the URLs that the client
+//!    logs. (The client's own `TRACE` level does print what it sends to log in.)
+//!
+//! # Limits
+//!
+//! * An ack is not waited for. A lost one is a redelivery, which dedup skips;
+//!   [`NatsOptions::double_ack`] has the server confirm each.
+//! * Old deliveries can be settled late: the server takes that for the newer delivery of the same
+//!   message. The layers settle only while their lease is held.
+//! * Abandoned means that `ack_wait` runs out: 3 heartbeats, unless [`NatsOptions::ack_wait`] says
+//!   otherwise. After [`close`](Subscription::close) the same goes for deliveries in hand.
+//! * What was on its way while `cancel` ended the subscription also comes again only after `ack_wait`.
+//! * Messages that wait for a delay occupy the durable's `max_ack_pending`. Ours is
+//!   [`MAX_ACK_PENDING`]; with less, a wave of failures stops all deliveries until delays are over.
+//! * The order of headers with different names is not kept, and spaces at a value's edges are cut,
+//!   by the client.
+//! * A message with headers that the client cannot read ends the connection each time it is
+//!   delivered. That is noticed and rebuilt; only removing the message helps. See `SECURITY.md`.
+//! * With more than one TLS provider compiled in (`aws-lc-rs` beside `ring`), install one as the
+//!   process's default, or `rustls` panics: `rustls::crypto::ring::default_provider().install_default()`.
+//! * Server 2.9 and newer. No domains, no priority groups.
+//!
+//! # Streams, durables, names
+//!
+//! With [`Declare::Create`](super::Declare::Create) a missing stream is made for the subject (files, one replica,
+//! work queue retention: what is acked is gone), a missing durable (explicit acks, no delivery
+//! limit, filtered by the subject), and a stream for the dead-letter subject if none keeps it
+//! (limits retention, without limits). For replicas, limits or several durables on one stream,
+//! make them yourself. Whatever is there is compared with what is needed, and refused if it differs.
+//!
+//! Stream, subject and durable have the queue's name; where a name may not hold dots or other
+//! signs, they become `_`: the queue `shop.charges` is the durable `shop_charges`.
+//!
+//! # Permissions
+//!
+//! What a consumer of the stream `S` by the durable `D` needs, with dead letters for the subject
+//! `dead` kept by the stream `X`:
+//!
+//! | | subject |
+//! |---|---|
+//! | publish | `$JS.API.STREAM.INFO.S`, `$JS.API.CONSUMER.INFO.S.D`, `$JS.API.CONSUMER.MSG.NEXT.S.D`, `$JS.ACK.S.D.>` |
+//! | publish, dead letters | `dead`, `$JS.API.STREAM.NAMES`, `$JS.API.STREAM.INFO.X`, `$JS.API.STREAM.MSG.GET.X` |
+//! | publish, to make what is missing | `$JS.API.STREAM.CREATE.S`, `$JS.API.CONSUMER.CREATE.S.D.>`, `$JS.API.STREAM.CREATE.X` |
+//! | subscribe | `_INBOX.>`, or the prefix given to [`inbox_prefix`](NatsOptionsBuilder::inbox_prefix) |
+//!
+//! # Core NATS
+//!
+//! [`NatsOptions::core`] consumes a subject without a stream, as one member of a queue group of the
+//! queue's name. Then NATS delivers each message *at most once*: what arrives while nobody listens
+//! is gone, and so is what was in hand when a process dies. There are no acks and no redelivery.
+//! Dedup works, and so do dead letters (their subject needs a stream). Nothing else does: a message
+//! that fails and is not dead-lettered is lost, and settling it answers with an error that says so.
+//! [`Features`] describe `JetStream`, since one connection serves both.
+//!
+//! # Example
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), guestlist::BoxError> {
+//! use guestlist::broker::nats::Nats;
+//! use guestlist::broker::{Broker, Declare, QueueSpec};
+//!
+//! let nats = Nats::options().credentials_file("shop.creds").connect("tls://nats.example:4222").await?;
+//! let mut queue = QueueSpec::new("charges");
+//! queue.declare = Declare::Create;
+//! queue.dead_letter = Some("charges-dead".into());
+//! nats.prepare(&queue).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`NatsOptions::core`]: super::NatsOptions::core
+//! [`NatsOptions::ack_wait`]: super::NatsOptions::ack_wait
+//! [`NatsOptions::double_ack`]: super::NatsOptions::double_ack
+
+mod connect;
+mod publish;
+mod settle;
+mod source;
+mod topology;
+
+pub use async_nats;
+use async_trait::async_trait;
+
+pub use self::connect::{CONNECT_TIMEOUT, Nats, NatsOptionsBuilder, PING_INTERVAL};
+pub use self::source::split;
+pub use self::topology::MAX_ACK_PENDING;
+use super::{Broker, BrokerError, Copy, Destination, Features, QueueSpec, Subscription};
+use crate::defaults;
+
+const SYSTEM: &str = "nats";
+const CONTENT_TYPE: &str = "Content-Type";
+
+#[async_trait]
+impl Broker for Nats {
+    fn system(&self) -> &'static str {
+        SYSTEM
+    }
+
+    fn features(&self) -> Features {
+        Features { ack_deadline: Some(defaults::LEASE), counts_deliveries: true, ..Features::new() }
+    }
+
+    fn default_scope(&self, queue: &QueueSpec) -> String {
+        let kind = if queue.nats.core { "nats-core" } else { SYSTEM };
+        match topology::Names::of(queue) {
+            Ok(names) if queue.nats.core => format!("{kind}:{}/{}", names.subject, names.durable),
+            Ok(names) => format!("{kind}:{}/{}", names.stream, names.durable),
+            // Such a queue is refused by `prepare`.
+            Err(_) => format!("{kind}:{}", queue.name),
+        }
+    }
+
+    async fn prepare(&self, queue: &QueueSpec) -> Result<(), BrokerError> {
+        let link = self.link().await?;
+        if !queue.nats.core {
+            topology::source(&link, queue).await?;
+        }
+        topology::dead_letters(&link, queue).await
+    }
+
+    async fn subscribe(&self, queue: &QueueSpec) -> Result<Box<dyn Subscription>, BrokerError> {
+        let link = self.link().await?;
+        if queue.nats.core {
+            return Ok(Box::new(
+                source::CoreSource::start(&link, queue, &topology::Names::of(queue)?).await?,
+            ));
+        }
+        let durable = topology::source(&link, queue).await?;
+        Ok(Box::new(source::Pull::start(&link, queue, &durable, self.confirm()).await?))
+    }
+
+    async fn publish(&self, to: &Destination, copy: &Copy<'_>) -> Result<(), BrokerError> {
+        publish::publish(&self.link().await?.client, self.confirm(), to, copy).await
+    }
+
+    async fn close(&self) {
+        self.disconnect().await;
+    }
+}

@@ -1,0 +1,554 @@
+//! Frames become deliveries: the pull subscription, the core subscription, and what a frame says.
+
+use std::future::Future as _;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, UNIX_EPOCH};
+
+use async_nats::client::Request;
+use async_nats::message::OutboundMessage;
+use async_nats::{Client, HeaderMap, StatusCode, Subject, Subscriber, header, jetstream};
+use bytes::Bytes;
+use futures_util::{FutureExt, Sink, StreamExt};
+use tokio::time::{Instant, Sleep, sleep, timeout};
+
+use super::connect::Link;
+use super::settle::{CoreSettler, InHand, NAK, Settler};
+use super::topology::{Durable, Names};
+use crate::broker::{BrokerError, BrokerErrorKind, QueueSpec, Subscription, copy};
+use crate::delivery::{AckHandle, BoxFuture, Settle};
+use crate::message::{MessageBuilder, Source};
+use crate::{Acker, Delivery, Message};
+
+/// How long a pull request stays with the server: 30 s.
+const EXPIRES: Duration = Duration::from_secs(30);
+
+/// How often the server says that it still has the request: 5 s. Twice this without a word, and
+/// it counts as dead.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// How long `cancel` listens for deliveries that are on their way.
+const ON_THEIR_WAY: Duration = Duration::from_millis(100);
+
+/// How long `cancel` waits for the client to end the subscription.
+const UNSUBSCRIBED: Duration = Duration::from_secs(1);
+
+const PENDING_MESSAGES: &str = "Nats-Pending-Messages";
+
+/// A durable, pulled: never more is asked for than can be taken in hand.
+pub(super) struct Pull {
+    /// `None` once it has ended.
+    frames: Option<Subscriber>,
+    client: Client,
+    requests: Requests,
+    queue: String,
+    settle: Arc<dyn Settle>,
+    in_hand: Arc<InHand>,
+    silence: Silence,
+    loss: BoxFuture<()>,
+}
+
+impl Pull {
+    /// Begins to listen; the first poll asks.
+    pub(super) async fn start(
+        link: &Link,
+        spec: &QueueSpec,
+        durable: &Durable,
+        limit: Duration,
+    ) -> Result<Self, BrokerError> {
+        // Before the subscription, so that no loss falls between the two.
+        let loss = Box::pin(link.loss());
+        let client = link.client.clone();
+        let inbox = Subject::from(client.new_inbox());
+        let frames = client.subscribe(inbox.clone()).await.map_err(|error| {
+            let what = format!("cannot subscribe to the replies of the durable `{}`", durable.names.durable);
+            BrokerError::new(BrokerErrorKind::Unreachable, what).with_source(error)
+        })?;
+        let requests = Requests::new(&durable.names, inbox, durable);
+        let silence = Silence::new(requests.heartbeat * 2);
+        let in_hand = Arc::new(InHand::new(spec.prefetch));
+        let settle = Settler::new(client.clone(), spec.nats.double_ack, limit).counted(Arc::clone(&in_hand));
+        let (frames, queue) = (Some(frames), spec.name.clone());
+        Ok(Self { frames, client, requests, queue, settle: Arc::new(settle), in_hand, silence, loss })
+    }
+
+    /// Asks for as many messages as are free, once half of what was asked for is used up: so the
+    /// next ones are on their way while these are handled, and requests do not get small.
+    fn ask(&mut self, cx: &mut Context<'_>, room: usize) -> Result<(), BrokerError> {
+        let free = room.min(self.in_hand.free(cx));
+        let Some(count) = self.requests.due(free) else { return Ok(()) };
+        // Pending: the client's queue is full, and wakes this task when it is not.
+        if let Poll::Ready(ready) = Pin::new(&mut self.client).poll_ready(cx) {
+            ready.map_err(client_closed)?;
+            let request = self.requests.request(count);
+            Pin::new(&mut self.client).start_send(request).map_err(client_closed)?;
+            self.silence.broken();
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, frame: async_nats::Message) -> Result<Option<Delivery>, BrokerError> {
+        self.silence.broken();
+        match frame.status {
+            None | Some(StatusCode::OK) => Ok(self.delivery(frame)),
+            Some(status) => self.requests.status(status, &frame).map(|()| None),
+        }
+    }
+
+    fn delivery(&mut self, frame: async_nats::Message) -> Option<Delivery> {
+        let Some((message, reply)) = read_frame(frame, Some(&self.queue)) else {
+            tracing::warn!(queue = self.queue, "a message without JetStream's reply subject was ignored");
+            return None;
+        };
+        self.requests.arrived();
+        self.in_hand.taken();
+        Some(Delivery::new(message, Arc::clone(&self.settle), AckHandle::Reply(reply)))
+    }
+
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<async_nats::Message>> {
+        self.frames.as_mut().map_or(Poll::Ready(None), |frames| frames.poll_next_unpin(cx))
+    }
+
+    /// Only asked when nothing is buffered: what has arrived can still be handled and acked.
+    fn poll_death(&mut self, cx: &mut Context<'_>) -> Poll<BrokerError> {
+        if self.loss.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(connection_lost());
+        }
+        if self.requests.wanted > 0 && self.silence.poll(cx).is_ready() {
+            let what = format!("the server has not said a word for {:?}", self.silence.limit);
+            return Poll::Ready(BrokerError::new(BrokerErrorKind::Unreachable, what));
+        }
+        Poll::Pending
+    }
+
+    fn poll_delivery(&mut self, cx: &mut Context<'_>, room: usize) -> Poll<Result<Delivery, BrokerError>> {
+        loop {
+            self.ask(cx, room)?;
+            match self.poll_frame(cx) {
+                Poll::Ready(Some(frame)) => {
+                    if let Some(delivery) = self.read(frame)? {
+                        return Poll::Ready(Ok(delivery));
+                    }
+                }
+                Poll::Ready(None) => return Poll::Ready(Err(subscription_ended())),
+                Poll::Pending => return self.poll_death(cx).map(Err),
+            }
+        }
+    }
+}
+
+impl Subscription for Pull {
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        room: usize,
+    ) -> Poll<Option<Result<Delivery, BrokerError>>> {
+        if self.frames.is_none() {
+            return Poll::Ready(None);
+        }
+        let polled = self.poll_delivery(cx, room);
+        if let Poll::Ready(Err(_)) = polled {
+            self.frames = None;
+        }
+        polled.map(Some)
+    }
+
+    fn cancel(&mut self) -> BoxFuture<()> {
+        let Some(frames) = self.frames.take() else { return Box::pin(async {}) };
+        let (client, info, wanted) = (self.client.clone(), self.requests.info.clone(), self.requests.wanted);
+        Box::pin(HandBack { frames, client, info, wanted, replies: Vec::new() }.run())
+    }
+
+    fn close(mut self: Box<Self>) -> BoxFuture<()> {
+        self.cancel()
+    }
+}
+
+/// What `cancel` leaves behind, until all that was not delivered is given back.
+struct HandBack {
+    frames: Subscriber,
+    client: Client,
+    /// Where to ask about the durable.
+    info: Subject,
+    wanted: usize,
+    replies: Vec<Subject>,
+}
+
+impl HandBack {
+    /// Gives back only after the subscription has ended: a nak before that would bring the
+    /// message here again.
+    async fn run(mut self) {
+        if self.wanted == 0 {
+            return;
+        }
+        self.collect_what_is_on_its_way().await;
+        self.unsubscribe().await;
+        self.forget_requests().await;
+        for reply in self.replies {
+            let _ = self.client.publish(reply, NAK).await;
+        }
+    }
+
+    async fn collect_what_is_on_its_way(&mut self) {
+        while self.wanted > self.replies.len()
+            && let Ok(Some(frame)) = timeout(ON_THEIR_WAY, self.frames.next()).await
+        {
+            self.keep(frame);
+        }
+    }
+
+    /// The client forgets a drained subscription at its next turn, without waiting for the
+    /// server. What arrives later than that comes again after `ack_wait`.
+    async fn unsubscribe(&mut self) {
+        if self.frames.drain().await.is_err() {
+            return;
+        }
+        while let Ok(Some(frame)) = timeout(UNSUBSCRIBED, self.frames.next()).await {
+            self.keep(frame);
+        }
+    }
+
+    /// A server of 2.9 gives a message that comes back to the oldest request, finds that nobody
+    /// waits for it any more, and keeps the message until `ack_wait` is over. Asked about the
+    /// durable, it looks through the requests and drops those.
+    async fn forget_requests(&self) {
+        let request = Request::new().timeout(Some(UNSUBSCRIBED));
+        let _ = self.client.send_request(self.info.clone(), request).await;
+    }
+
+    fn keep(&mut self, frame: async_nats::Message) {
+        if frame.status.is_none() {
+            self.replies.extend(frame.reply);
+        }
+    }
+}
+
+/// The pull requests at the server, and how many messages they may still bring.
+struct Requests {
+    next: Subject,
+    info: Subject,
+    inbox: Subject,
+    wanted: usize,
+    largest: usize,
+    expires: Duration,
+    heartbeat: Duration,
+}
+
+impl Requests {
+    fn new(names: &Names, inbox: Subject, durable: &Durable) -> Self {
+        let of =
+            |api: &str| Subject::from(format!("$JS.API.CONSUMER.{api}.{}.{}", names.stream, names.durable));
+        let expires = durable.max_expires.map_or(EXPIRES, |longest| EXPIRES.min(longest));
+        let largest = durable.max_batch.unwrap_or(usize::MAX);
+        // The server refuses a heartbeat longer than half the expiry.
+        let heartbeat = HEARTBEAT.min(expires / 2);
+        Self { next: of("MSG.NEXT"), info: of("INFO"), inbox, wanted: 0, largest, expires, heartbeat }
+    }
+
+    /// How many to ask for, if it is time to.
+    fn due(&self, free: usize) -> Option<usize> {
+        let count = free.saturating_sub(self.wanted).min(self.largest);
+        (count > 0 && self.wanted <= free / 2).then_some(count)
+    }
+
+    fn request(&mut self, count: usize) -> OutboundMessage {
+        self.wanted += count;
+        let (expires, heartbeat) = (self.expires.as_nanos(), self.heartbeat.as_nanos());
+        let payload = format!(r#"{{"batch":{count},"expires":{expires},"idle_heartbeat":{heartbeat}}}"#);
+        let (subject, reply) = (self.next.clone(), Some(self.inbox.clone()));
+        OutboundMessage { subject, payload: payload.into(), headers: None, reply }
+    }
+
+    fn arrived(&mut self) {
+        self.wanted = self.wanted.saturating_sub(1);
+    }
+
+    /// Reads what the server says in place of a message.
+    fn status(&mut self, status: StatusCode, frame: &async_nats::Message) -> Result<(), BrokerError> {
+        let description = frame.description.as_deref().unwrap_or_default();
+        match status {
+            StatusCode::IDLE_HEARTBEAT => Ok(()),
+            // The request is over; without a count of what it did not bring, all of it is.
+            StatusCode::NOT_FOUND | StatusCode::TIMEOUT => {
+                self.over(frame);
+                Ok(())
+            }
+            StatusCode::REQUEST_TERMINATED if description == "Batch Completed" => {
+                self.over(frame);
+                Ok(())
+            }
+            _ => Err(terminated(status, description)),
+        }
+    }
+
+    fn over(&mut self, frame: &async_nats::Message) {
+        let left = frame.headers.as_ref().and_then(|headers| headers.get(PENDING_MESSAGES));
+        let left = left.and_then(|left| left.as_str().parse().ok()).unwrap_or(self.wanted);
+        self.wanted = self.wanted.saturating_sub(left);
+    }
+}
+
+fn terminated(status: StatusCode, description: &str) -> BrokerError {
+    let (kind, why) = match (status, description) {
+        (StatusCode::NO_RESPONDERS, _) => (
+            BrokerErrorKind::Unreachable,
+            "nobody answers: the durable or its stream is gone, or JetStream is away",
+        ),
+        (_, "Consumer Deleted") => (BrokerErrorKind::Closed, "the durable was deleted"),
+        (StatusCode::REQUEST_TERMINATED, text)
+            if text.starts_with("Exceeded MaxRequest") || text == "Consumer is push based" =>
+        {
+            (BrokerErrorKind::Refused, text)
+        }
+        (StatusCode::REQUEST_TERMINATED, text) => (BrokerErrorKind::Unreachable, text),
+        (_, text) => (BrokerErrorKind::Refused, text),
+    };
+    BrokerError::new(kind, format!("the server ended a pull request ({status}): {why}"))
+}
+
+fn connection_lost() -> BrokerError {
+    BrokerError::new(BrokerErrorKind::Unreachable, "the connection to NATS was lost")
+}
+
+fn subscription_ended() -> BrokerError {
+    BrokerError::new(BrokerErrorKind::Closed, "the NATS client has ended, and the subscription with it")
+}
+
+fn client_closed(error: async_nats::PublishError) -> BrokerError {
+    subscription_ended().with_source(error)
+}
+
+/// Measures how long the server says nothing; one timer, moved only when nothing has arrived.
+struct Silence {
+    limit: Duration,
+    timer: Pin<Box<Sleep>>,
+    broken: bool,
+}
+
+impl Silence {
+    fn new(limit: Duration) -> Self {
+        Self { limit, timer: Box::pin(sleep(limit)), broken: true }
+    }
+
+    fn broken(&mut self) {
+        self.broken = true;
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if std::mem::take(&mut self.broken) {
+            self.timer.as_mut().reset(Instant::now() + self.limit);
+        }
+        self.timer.as_mut().poll(cx)
+    }
+}
+
+/// A queue group on a subject: at most once.
+pub(super) struct CoreSource {
+    frames: Subscriber,
+    ended: bool,
+    queue: String,
+    settle: Arc<dyn Settle>,
+    loss: BoxFuture<()>,
+}
+
+impl CoreSource {
+    pub(super) async fn start(link: &Link, spec: &QueueSpec, names: &Names) -> Result<Self, BrokerError> {
+        let loss = Box::pin(link.loss());
+        let frames = link.client.queue_subscribe(names.subject.clone(), names.durable.clone()).await;
+        let frames = frames.map_err(|error| {
+            let what = format!("cannot subscribe to the subject `{}`", names.subject);
+            BrokerError::new(BrokerErrorKind::Refused, what).with_source(error)
+        })?;
+        Ok(Self { frames, ended: false, queue: spec.name.clone(), settle: Arc::new(CoreSettler), loss })
+    }
+
+    fn delivery(&self, frame: async_nats::Message) -> Delivery {
+        let mut source = Source::new(super::SYSTEM, self.queue.as_str());
+        frame.subject.as_str().clone_into(&mut source.routing_key);
+        let message =
+            with_headers(Message::builder(frame.payload), frame.headers.as_ref()).source(source).build();
+        Delivery::new(message, Arc::clone(&self.settle), AckHandle::Reply(Bytes::new()))
+    }
+}
+
+impl Subscription for CoreSource {
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        _room: usize,
+    ) -> Poll<Option<Result<Delivery, BrokerError>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let end = match self.frames.poll_next_unpin(cx) {
+            Poll::Ready(Some(frame)) => return Poll::Ready(Some(Ok(self.delivery(frame)))),
+            Poll::Ready(None) => subscription_ended(),
+            Poll::Pending if self.loss.as_mut().poll(cx).is_ready() => connection_lost(),
+            Poll::Pending => return Poll::Pending,
+        };
+        self.ended = true;
+        Poll::Ready(Some(Err(end)))
+    }
+
+    fn cancel(&mut self) -> BoxFuture<()> {
+        if std::mem::replace(&mut self.ended, true) {
+            return Box::pin(async {});
+        }
+        let unsubscribed = self.frames.unsubscribe().now_or_never();
+        let mut lost = 0_usize;
+        while let Some(Some(_)) = self.frames.next().now_or_never() {
+            lost += 1;
+        }
+        if lost > 0 {
+            tracing::warn!(queue = self.queue, lost, "core NATS: messages that had arrived are lost");
+        }
+        drop(unsubscribed);
+        Box::pin(async {})
+    }
+
+    fn close(mut self: Box<Self>) -> BoxFuture<()> {
+        self.cancel()
+    }
+}
+
+/// Splits a message of your own `async-nats` loop into what the layers take and the right to
+/// settle it.
+///
+/// A message that did not come from a stream has no source, and its acker can only fail.
+///
+/// ```no_run
+/// # async fn example(message: guestlist::broker::nats::async_nats::jetstream::Message) -> Result<(), guestlist::BoxError> {
+/// use guestlist::Disposition;
+///
+/// let (message, acker) = guestlist::broker::nats::split(message);
+/// println!("{} bytes", message.payload().len()); // call the layers with it
+/// acker.settle(Disposition::Ack).await?;
+/// # Ok(())
+/// # }
+/// ```
+pub fn split(message: jetstream::Message) -> (Message, Acker) {
+    let settle = Settler::new(message.context.client(), false, crate::defaults::CONFIRM);
+    let frame = message.message;
+    let bare = (frame.payload.clone(), frame.headers.clone());
+    let (message, reply) = read_frame(frame, None).unwrap_or_else(|| {
+        let message = with_headers(Message::builder(bare.0), bare.1.as_ref());
+        (message.source(Source::new(super::SYSTEM, "")).build(), Bytes::new())
+    });
+    Delivery::new(message, Arc::new(settle), AckHandle::Reply(reply)).into_parts()
+}
+
+/// What a frame says, and the subject to answer it on; `None` if no stream delivered it.
+fn read_frame(frame: async_nats::Message, queue: Option<&str>) -> Option<(Message, Bytes)> {
+    let reply = frame.reply?;
+    let place = Place::read(&reply)?;
+    let mut source = Source::new(super::SYSTEM, queue.unwrap_or(place.durable));
+    place.stream.clone_into(&mut source.stream);
+    frame.subject.as_str().clone_into(&mut source.routing_key);
+    source.sequence = Some(place.sequence);
+    let message = with_headers(Message::builder(frame.payload), frame.headers.as_ref())
+        .source(source)
+        .redelivered(place.delivered > 1)
+        .broker_deliveries(place.delivered)
+        .timestamp(UNIX_EPOCH + Duration::from_nanos(place.stored))
+        .build();
+    Some((message, Bytes::from(reply.into_string())))
+}
+
+/// All headers, the id and the content type.
+fn with_headers(mut message: MessageBuilder, headers: Option<&HeaderMap>) -> MessageBuilder {
+    let Some(headers) = headers else { return message };
+    // On a copy of ours the id header is the copy's own, for the duplicate window only; the
+    // original's is among those that were moved aside.
+    let is_copy = headers.get(copy::ATTEMPT).is_some();
+    for (name, values) in headers.iter() {
+        if is_copy && *name == header::NATS_MESSAGE_ID {
+            continue;
+        }
+        for value in values {
+            let value = Bytes::copy_from_slice(value.as_str().as_bytes());
+            message = message.header(AsRef::<str>::as_ref(name), value);
+        }
+    }
+    // The client has a name of its own for this header: a comparison as text finds nothing.
+    if let Some(id) = headers.get(header::NATS_MESSAGE_ID).filter(|_| !is_copy) {
+        message = message.transport_id(id.as_str().to_owned());
+    }
+    match content_type(headers) {
+        Some(value) => message.content_type(value),
+        None => message,
+    }
+}
+
+fn content_type(headers: &HeaderMap) -> Option<&str> {
+    let is = |name: &str| name.eq_ignore_ascii_case(super::CONTENT_TYPE);
+    headers
+        .iter()
+        .find(|(name, _)| is((*name).as_ref()))
+        .and_then(|(_, values)| Some(values.first()?.as_str()))
+}
+
+/// What a delivery's reply subject says of it.
+#[derive(Debug, PartialEq, Eq)]
+struct Place<'a> {
+    stream: &'a str,
+    durable: &'a str,
+    delivered: u32,
+    sequence: u64,
+    /// Nanoseconds since 1970, by the server's clock.
+    stored: u64,
+}
+
+impl<'a> Place<'a> {
+    /// `$JS.ACK.stream.durable.delivered.sequence.sequence-of-durable.time.pending`; newer
+    /// servers may put a domain and an account's hash before the stream, and more at the end.
+    fn read(reply: &'a str) -> Option<Self> {
+        let tokens: Vec<&str> = reply.strip_prefix("$JS.ACK.")?.split('.').collect();
+        let tokens = match tokens.len() {
+            7 => &tokens[..],
+            9.. => &tokens[2..],
+            _ => return None,
+        };
+        Some(Self {
+            stream: tokens[0],
+            durable: tokens[1],
+            delivered: u32::try_from(tokens[2].parse::<u64>().ok()?).unwrap_or(u32::MAX),
+            sequence: tokens[3].parse().ok()?,
+            stored: tokens[5].parse().ok()?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reply_subject_names_the_place_in_the_stream() {
+        let place = Place { stream: "S", durable: "d", delivered: 3, sequence: 100, stored: 17 };
+        assert_eq!(Place::read("$JS.ACK.S.d.3.100.7.17.42"), Some(place));
+        let place = Place { stream: "S", durable: "d", delivered: 1, sequence: 2, stored: 17 };
+        assert_eq!(Place::read("$JS.ACK._.hash.S.d.1.2.7.17.0"), Some(Place { ..place }));
+        assert_eq!(Place::read("$JS.ACK.hub.hash.S.d.1.2.7.17.0.more.more"), Some(place));
+        for none in ["", "$JS.ACK.S.d.3.100.7.17", "$JS.ACK.S.d.x.100.7.17.42", "_INBOX.a.b.c.d.e.f.g"] {
+            assert_eq!(Place::read(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn more_is_asked_for_once_half_is_used_up_and_never_more_than_is_free() {
+        let names = Names::of(&QueueSpec::new("q")).unwrap();
+        let durable = Durable { names: names.clone(), max_batch: None, max_expires: None };
+        let mut requests = Requests::new(&names, Subject::from("inbox"), &durable);
+        assert_eq!(requests.due(0), None);
+        assert_eq!(requests.due(8), Some(8));
+        requests.request(8);
+        for _ in 0..3 {
+            requests.arrived();
+        }
+        assert_eq!(requests.due(8), None, "five are on their way");
+        requests.arrived();
+        assert_eq!(requests.due(8), Some(4));
+        assert_eq!(requests.due(4), None, "four are on their way and four are free");
+    }
+}
