@@ -36,6 +36,7 @@
 //! - [`Consumer`] and [`Queue`] run a handler over a broker; [`broker`] has the brokers.
 //! - [`dedup`] is the heart: the claim protocol and its stores. [`redeliver`], [`dead_letter`], [`retry`] and [`trace`]
 //!   are the other layers; [`Pipeline`] puts them in their one right order.
+//! - [`_docs::design`] says why things are as they are.
 //!
 //! # Features
 //!
@@ -109,3 +110,13 @@ pub mod prelude {
     /// A day.
     pub const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 }
+
+/// Longer texts, compiled and linked with the rest of the docs.
+pub mod _docs {
+    #[doc = include_str!("../docs/design.md")]
+    pub mod design {}
+}
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeDoctests;
