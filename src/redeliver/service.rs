@@ -2,26 +2,28 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
+use super::policy::Policy;
 use crate::dedup::Release;
 use crate::failure::Plan;
 use crate::pipeline::OutsideDedup;
-use crate::{Backoff, BoxError, Disposition, Failure, FailureClass, Message, Outcome};
+use crate::{BoxError, Cause, Disposition, Failure, FailureClass, Message, Outcome};
 
 /// Middleware that plans when a failed delivery comes again. See the [module docs](super).
 #[derive(Clone, Debug)]
 pub struct Redeliver<S> {
     inner: S,
-    backoff: Backoff,
+    policy: Arc<Policy>,
 }
 
 impl<S> Redeliver<S> {
-    pub(super) const fn new(inner: S, backoff: Backoff) -> Self {
-        Self { inner, backoff }
+    pub(super) const fn new(inner: S, policy: Arc<Policy>) -> Self {
+        Self { inner, policy }
     }
 }
 
@@ -40,7 +42,8 @@ where
     }
 
     fn call(&mut self, message: Message) -> Self::Future {
-        RedeliverFuture { inner: self.inner.call(message.clone()), message, backoff: self.backoff }
+        let inner = self.inner.call(message.clone());
+        RedeliverFuture { inner, message, policy: Arc::clone(&self.policy) }
     }
 }
 
@@ -51,7 +54,7 @@ pin_project! {
         #[pin]
         inner: F,
         message: Message,
-        backoff: Backoff,
+        policy: Arc<Policy>,
     }
 }
 
@@ -67,23 +70,25 @@ where
         let this = self.project();
         let answer = match ready!(this.inner.poll(cx)) {
             Ok(outcome) => Ok(outcome.into()),
-            Err(error) => Err(planned(Failure::from_error(error.into()), this.message, this.backoff)),
+            Err(error) => Err(planned(Failure::from_error(error.into()), this.message, this.policy)),
         };
         Poll::Ready(answer.map_err(Failure::into_error))
     }
 }
 
 /// The first plan stands.
-fn planned(mut failure: Failure, message: &Message, backoff: &Backoff) -> Failure {
+fn planned(mut failure: Failure, message: &Message, policy: &Policy) -> Failure {
     if failure.plan().is_some() {
         return failure;
     }
     match failure.class() {
-        FailureClass::Transient => {
-            let after = backoff.delay(message.attempt());
-            let release = Release::Failed { not_before: after };
-            failure.set_plan(Plan { disposition: Disposition::Requeue { after }, release });
-        }
+        FailureClass::Transient => match policy.delay(&failure, message.attempt()) {
+            Some(after) => {
+                let release = Release::Failed { not_before: after };
+                failure.set_plan(Plan { disposition: Disposition::Requeue { after }, release });
+            }
+            None => failure.reclassify(FailureClass::Permanent, Cause::Permanent),
+        },
         FailureClass::Deferred(after) => {
             let release = Release::Deferred { not_before: after };
             failure.set_plan(Plan { disposition: Disposition::Release { after }, release });

@@ -92,7 +92,7 @@ fn queue(name: &str) -> Queue {
     Queue::new(name)
         .dead_letter(format!("{name}.dead"))
         .allow_missing_dead_letter()
-        .hold(Duration::from_millis(300))
+        .hold_steps([Duration::from_millis(300)])
         .backoff(Backoff::new(Duration::from_millis(100), 2, Duration::from_secs(1)))
 }
 
