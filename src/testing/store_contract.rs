@@ -234,7 +234,8 @@ pub async fn store_contract(fixture: &dyn StoreFixture) {
         every_record_is_kept_from_its_last_change
         past_its_time_a_claim_is_gone
         a_window_shorter_than_the_lease_cuts_nothing_short
-        times_of_zero_and_without_end_are_taken
+        a_time_of_zero_ends
+        the_longest_times_are_taken
         the_next_generation_starts_afresh
         a_generation_from_the_future_is_the_records_own
         an_older_generation_is_the_records_own

@@ -1,4 +1,5 @@
 //! The dedup stores: the contract of all stores, and what each has beside it.
 
+mod broken;
 mod memory;
 mod swap;

@@ -40,7 +40,7 @@ pub async fn inspect_changes_nothing(fixture: &dyn StoreFixture) {
     for stand in Stand::ALL {
         let key = Key::new(fixture).await;
         stand.set(&key).await;
-        let seen: Vec<Option<Record>> = vec![key.inspect().await, key.inspect().await, key.inspect().await];
+        let seen: Vec<Option<Record>> = vec![key.snapshot().await, key.snapshot().await, key.inspect().await];
         assert!(seen[0].is_some() && seen[0] == seen[1] && seen[1] == seen[2], "{stand:?}: {seen:?}");
     }
 }

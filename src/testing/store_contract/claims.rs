@@ -142,7 +142,7 @@ pub async fn a_run_that_released_does_not_claim_again(fixture: &dyn StoreFixture
         let key = Key::new(fixture).await;
         key.acquire(ask(ME)).await;
         key.give_up(ME, why).await;
-        let record = key.inspect().await;
+        let record = key.snapshot().await;
         assert_busy(key.claim(ask(ME)).await, "a late claim of a run that has ended");
         assert_eq!(key.inspect().await, record, "{why:?}: a late claim changes nothing");
         key.acquire(ask(OTHER)).await;
@@ -162,7 +162,7 @@ pub async fn a_refused_claim_changes_nothing(fixture: &dyn StoreFixture) {
     for (stand, ask) in refused {
         let key = Key::new(fixture).await;
         stand.set(&key).await;
-        let record = key.inspect().await;
+        let record = key.snapshot().await;
         let claim = key.claim(Ask { digest: Some(7), ..ask }).await;
         assert!(Won::of(claim).is_none(), "{stand:?}: {claim:?}");
         assert_eq!(key.inspect().await, record, "{stand:?}: a claim answered {claim:?} changes nothing");

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::claims::assert_busy;
-use super::stage::{FAILED, GENERATION, Key, ME, OTHER, THIRD, Won, alone, ask};
+use super::stage::{FAILED, GENERATION, Key, ME, OTHER, THIRD, alone, ask};
 use super::{LONG, StoreFixture};
 use crate::dedup::protocol::{Ask, Before, Claim, Held, Release, State};
 
@@ -30,7 +30,7 @@ pub async fn a_complete_repeated_says_yes(fixture: &dyn StoreFixture) {
     let key = Key::new(fixture).await;
     key.acquire(ask(ME)).await;
     key.finish(ME).await;
-    let record = key.inspect().await;
+    let record = key.snapshot().await;
     for _ in 0..3 {
         key.finish(ME).await;
     }
@@ -120,36 +120,54 @@ pub async fn a_window_shorter_than_the_lease_cuts_nothing_short(fixture: &dyn St
     assert_busy(key.claim(briefly(OTHER)).await, "the backoff holds");
 }
 
-/// Times of zero and without end are taken: nothing overflows, and zero is not "none".
-pub async fn times_of_zero_and_without_end_are_taken(fixture: &dyn StoreFixture) {
+/// A time of zero is one that ends, not one without end.
+pub async fn a_time_of_zero_ends(fixture: &dyn StoreFixture) {
     let key = Key::new(fixture).await;
-    let longest = key.pace.longest;
-    let zero = Ask { lease: Duration::ZERO, ..ask(ME) };
-    key.acquire(zero).await;
+    key.acquire(Ask { lease: Duration::ZERO, ..ask(ME) }).await;
     let won = key.acquire_at_last(alone(OTHER)).await;
-    assert_eq!(won.told(), (2, Before::Vanished), "a lease of zero is one that ends, not one without end");
+    assert_eq!(won.told(), (2, Before::Vanished), "a lease of zero");
     assert_eq!(key.renew(OTHER, Duration::ZERO).await, Held::Yes);
-    assert_eq!(key.acquire_at_last(alone(THIRD)).await.attempt, 3);
-
-    let key = key.another();
-    key.acquire(Ask { lease: longest, ..ask(ME) }).await;
-    assert_busy(key.claim(alone(OTHER)).await, "a lease without end");
-    assert_eq!(key.renew(ME, longest).await, Held::Yes);
-    key.give_up(ME, Release::Deferred { not_before: longest }).await;
-    assert_busy(key.claim(alone(OTHER)).await, "a backoff without end");
+    assert_eq!(key.acquire_at_last(alone(THIRD)).await.attempt, 3, "a renewal for zero");
     if key.pace.one_window {
         return;
     }
-
-    let key = key.another();
-    key.acquire(Ask { lease: longest, retain: longest, ..ask(ME) }).await;
-    assert_eq!(key.complete_for(ME, longest).await, Held::Yes);
-    let claim = key.claim(Ask { retain: Duration::ZERO, ..ask(OTHER) }).await;
-    assert!(matches!(claim, Claim::Done { .. }), "a window without end: {claim:?}");
-
     let key = key.another();
     key.acquire(Ask { retain: Duration::ZERO, ..ask(ME) }).await;
     assert_eq!(key.complete_for(ME, Duration::ZERO).await, Held::Yes);
-    let claim = key.claim_until(ask(OTHER), |claim| Won::of(*claim).is_some()).await;
-    assert_eq!(Won::of(claim).map(|won| won.told()), Some((1, Before::First)), "a window of zero ends");
+    assert_eq!(key.acquire_in_the_end(ask(OTHER)).await.told(), (1, Before::First), "a window of zero");
+}
+
+/// Lengths at which a count of milliseconds, microseconds or seconds overflows or turns negative
+/// somewhere, alone or added to a clock.
+const LONGEST: [Duration; 8] = [
+    Duration::from_millis(1 << 31),
+    Duration::from_millis(1 << 32),
+    Duration::from_secs(1 << 32),
+    Duration::from_micros(1 << 53),
+    Duration::from_micros(1 << 63),
+    Duration::from_micros(u64::MAX),
+    Duration::from_millis(1 << 63),
+    Duration::MAX,
+];
+
+/// Times as long as can be are taken, and hold: nothing overflows.
+pub async fn the_longest_times_are_taken(fixture: &dyn StoreFixture) {
+    let base = Key::new(fixture).await;
+    for length in LONGEST.map(|length| length.min(base.pace.longest)) {
+        let retain = if base.pace.one_window { LONG } else { length };
+        let key = base.another();
+        key.acquire(Ask { lease: length, retain, ..ask(ME) }).await;
+        assert_busy(key.claim(alone(OTHER)).await, "claimed for long");
+        assert_eq!(key.renew(ME, length).await, Held::Yes);
+        assert_busy(key.claim(alone(OTHER)).await, "renewed for long");
+        key.give_up(ME, Release::Deferred { not_before: length }).await;
+        assert_busy(key.claim(alone(OTHER)).await, "backing off for long");
+
+        let key = base.another();
+        key.acquire(Ask { retain, ..ask(ME) }).await;
+        assert_eq!(key.complete_for(ME, retain).await, Held::Yes);
+        key.pass().await;
+        let claim = key.claim(ask(OTHER)).await;
+        assert!(matches!(claim, Claim::Done { .. }), "done for {retain:?}: {claim:?}");
+    }
 }

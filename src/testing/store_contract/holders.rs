@@ -36,7 +36,7 @@ impl Call {
 async fn another_token_is_refused(fixture: &dyn StoreFixture, stand: Stand) {
     let key = Key::new(fixture).await;
     stand.set(&key).await;
-    let record = key.inspect().await;
+    let record = key.snapshot().await;
     for call in Call::ALL {
         assert_eq!(call.by(99, &key).await, Held::Lost, "{stand:?}: {call:?} by another token");
         assert_eq!(key.inspect().await, record, "{stand:?}: {call:?} by another token changes nothing");
@@ -84,7 +84,7 @@ pub async fn the_holder_is_answered_as_the_state_says(fixture: &dyn StoreFixture
         for (call, answer) in [Call::Renew, Call::Complete, Call::Release(FAILED)].into_iter().zip(answers) {
             let key = Key::new(fixture).await;
             stand.set(&key).await;
-            let record = key.inspect().await;
+            let record = key.snapshot().await;
             assert_eq!(call.by(ME, &key).await, answer, "{stand:?}: {call:?} by the token on record");
             if answer == Lost {
                 assert_eq!(key.inspect().await, record, "{stand:?}: {call:?} that is lost changes nothing");
@@ -164,7 +164,7 @@ pub async fn a_release_repeated_says_yes_and_changes_nothing(fixture: &dyn Store
         let key = Key::new(fixture).await;
         key.acquire(ask(ME)).await;
         key.give_up(ME, why).await;
-        let record = key.inspect().await;
+        let record = key.snapshot().await;
         for again in [why, FAILED, Release::DeadLettered] {
             assert_eq!(key.release(ME, again).await, Held::Yes, "{why:?}, then {again:?}");
             assert_eq!(key.inspect().await, record, "{why:?}, then {again:?}: nothing more");

@@ -7,16 +7,21 @@ use super::{LONG, StoreFixture};
 use crate::DedupKey;
 use crate::dedup::protocol::{Ask, Before, Claim, Digest, Release, Token};
 
-/// Keys of bytes that have a meaning somewhere: to a subject, a glob, a hash tag, a C string, a URL.
-const ODD_KEYS: [&[u8; 16]; 8] = [
+/// Keys of bytes that have a meaning somewhere: to a subject, a glob, a hash tag, a URL; and neighbours that are
+/// one to a C string, to a lossy decoder, to a comparison without case, to a trim.
+const ODD_KEYS: [&[u8; 16]; 12] = [
     &[0; 16],
     &[0xff; 16],
     b"a.b.*.>.$KV.\r\n \t",
     b"{x}{y}:[a-z]*?\\^",
     b"'; DROP TABLE --",
     b"%00%2e%2E/../../",
-    b"\xc3\x28\xa0\xa1\xe2\x28\xf0\x28\x8c\xbc\xfe\xff\xed\xa0\x80\xc0",
     b"01\0two\0three\0\0\0\0",
+    b"01\0one\0three\0\0\0\0",
+    b"\xc3\x28\xa0\xa1\xe2\x28\xf0\x28\x8c\xbc\xfe\xff\xed\xa0\x80\xc0",
+    b"\xc3\x28\xa0\xa1\xe2\x28\xf0\x28\x8c\xbc\xff\xfe\xed\xa0\x80\xc1",
+    b"CASE and case   ",
+    b"case and CASE  \0",
 ];
 
 /// Every key of 16 bytes is a key like any other.

@@ -202,6 +202,14 @@ impl Key {
         answered("inspect", self.handle().inspect(&self.id).await)
     }
 
+    /// What is on record, a moment before something that must not change it: a time that is set
+    /// anew would show.
+    pub(super) async fn snapshot(&self) -> Option<Record> {
+        let record = self.inspect().await;
+        moment().await;
+        record
+    }
+
     /// What is on record, which must be something.
     pub(super) async fn record(&self) -> Record {
         self.inspect().await.unwrap_or_else(|| panic!("there must be a record"))
@@ -260,8 +268,7 @@ impl Key {
     }
 }
 
-/// A fence that grows by the clock alone, since the record is lost, grows when the clock does; a paused one has
-/// to be moved.
+/// Moves a clock that may be paused: a fence that grows by it alone, since the record is lost, grows when it does.
 pub(super) async fn moment() {
     sleep(Duration::from_millis(1)).await;
 }

@@ -19,7 +19,7 @@ pub async fn an_expired_claim_is_suspect(fixture: &dyn StoreFixture) {
     let key = Key::new(fixture).await;
     key.acquire(key.short(ask(ME))).await;
     key.pass().await;
-    let record = key.inspect().await;
+    let record = key.snapshot().await;
     assert_eq!(key.claim_at_last(ask(OTHER)).await, Claim::Suspect);
     assert_eq!(key.inspect().await, record, "it is as it was");
     let won = key.acquire_at_last(alone(OTHER)).await;
