@@ -132,6 +132,7 @@ impl Pipeline {
     pub fn new(queue: Queue, broker: Arc<dyn Broker>) -> Result<Self, ConfigError> {
         let config = queue.into_config();
         config.check()?;
+        config.check_connected()?;
         Ok(Self::of(config, broker, Gate::default(), TaskTracker::new()))
     }
 

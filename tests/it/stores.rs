@@ -3,3 +3,4 @@
 mod broken;
 mod memory;
 mod swap;
+mod url;

@@ -1,6 +1,7 @@
 //! The contract of a store.
 
 mod memory;
+mod url;
 
 use std::fmt;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use async_trait::async_trait;
 use tokio::sync::futures::Notified;
 
 pub use self::memory::MemoryStore;
+pub use self::url::connect;
 use super::protocol::{Ask, Claim, Held, Record, Release, Run};
 use crate::{BoxError, DedupKey};
 
