@@ -274,7 +274,9 @@ impl Claims {
             None => self.until_lease_ends(lease, || self.store.release(&lease.key, lease.run, why)).await,
         };
         match held {
-            Some(Held::Yes) => self.events.emit(&lease.message, Some(lease.holder()), EventKind::Released(why)),
+            Some(Held::Yes) => {
+                self.events.emit(&lease.message, Some(lease.holder()), EventKind::Released(why))
+            }
             // The store lost the record; the delivery may still end as planned.
             Some(Held::Gone) => self.forgotten(lease),
             Some(Held::Lost) | None => self.lose(lease),
