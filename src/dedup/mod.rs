@@ -51,7 +51,9 @@ pub(crate) use self::guard::HeldClaim;
 pub use self::layer::{DedupLayer, SharedStore, StorePolicy};
 pub use self::protocol::{Before, Fence, Release};
 pub use self::service::Dedup;
-pub use self::store::{DedupStore, InProcessStore, MemoryStore, StoreError, StoreFeatures, connect};
+pub use self::store::{
+    DedupStore, InProcessStore, MemoryStore, NearCache, StoreError, StoreFeatures, connect,
+};
 pub use self::suspects::Suspects;
 
 /// What a handler may know of its run.

@@ -2,5 +2,6 @@
 
 mod broken;
 mod memory;
+mod near;
 mod swap;
 mod url;

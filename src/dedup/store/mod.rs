@@ -1,6 +1,7 @@
 //! The contract of a store.
 
 mod memory;
+mod near;
 mod url;
 
 use std::fmt;
@@ -10,6 +11,7 @@ use async_trait::async_trait;
 use tokio::sync::futures::Notified;
 
 pub use self::memory::MemoryStore;
+pub use self::near::NearCache;
 pub use self::url::connect;
 use super::protocol::{Ask, Claim, Held, Record, Release, Run};
 use crate::{BoxError, DedupKey};
