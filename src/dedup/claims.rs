@@ -20,6 +20,7 @@ use crate::clock::{after, from_now};
 use crate::defaults;
 use crate::events::{EventKind, Events};
 use crate::pause::{Away, Gate};
+use crate::settlement::{Completion, Renewal, completion, ours_to_settle, renewal};
 use crate::{DedupKey, Message};
 
 /// How many renewals are on their way to a remote store at once.
@@ -78,17 +79,6 @@ pub(crate) struct Lease {
     ending: AtomicBool,
     /// While the handler runs: when its renewals end, so that a deadlocked one does not hold its id for ever.
     run_ends: Mutex<Option<Instant>>,
-}
-
-/// What became of a completed run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Completion {
-    /// The id is remembered.
-    Recorded,
-    /// The store did not answer: the work is done, and nobody knows but us.
-    Gap,
-    /// Somebody else has the claim.
-    Lost,
 }
 
 /// Why there is no answer to a claim.
@@ -239,28 +229,19 @@ impl Claims {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers the id as done, asking until the lease ends if need be.
-    ///
-    /// A lease that has ended by our own view is asked for as well: until somebody takes it, the
-    /// store still holds it for us, and to give up work that is done would be to repeat it.
+    /// Remembers the id as done, asking until the lease ends if need be, and at least once: a lease
+    /// that has ended by our own view is asked for as well.
     pub(crate) async fn complete(&self, lease: &Lease) -> Completion {
         let window = self.lengths.window;
         let held = match self.store.in_process() {
             Some(store) => Some(store.complete_now(&lease.key, lease.run, window)),
             None => self.until_lease_ends(lease, || self.store.complete(&lease.key, lease.run, window)).await,
         };
-        match held {
-            Some(Held::Yes) => Completion::Recorded,
-            // The store lost the record, and wrote `Done`; nobody else can have had the claim
-            // as long as our own lease held.
-            Some(Held::Gone) if lease.in_force() => Completion::Recorded,
-            Some(Held::Gone | Held::Lost) => {
-                self.lose(lease);
-                Completion::Lost
-            }
-            None if lease.lost() => Completion::Lost,
-            None => Completion::Gap,
+        let completion = completion(held, lease.in_force(), lease.lost());
+        if completion == Completion::Lost {
+            self.lose(lease);
         }
+        completion
     }
 
     /// Gives a claim up; says whether that is how it ended. If not, another holder has it, or
@@ -270,13 +251,13 @@ impl Claims {
             Some(store) => Some(store.release_now(&lease.key, lease.run, why)),
             None => self.until_lease_ends(lease, || self.store.release(&lease.key, lease.run, why)).await,
         };
-        match held {
-            Some(Held::Yes) => self.events.emit(&lease.message, Some(lease.run), EventKind::Released(why)),
-            // The store lost the record; the delivery may still end as planned.
-            Some(Held::Gone) => {}
-            Some(Held::Lost) | None => self.lose(lease),
+        let ours = ours_to_settle(held);
+        if held == Some(Held::Yes) {
+            self.events.emit(&lease.message, Some(lease.run), EventKind::Released(why));
+        } else if !ours {
+            self.lose(lease);
         }
-        matches!(held, Some(Held::Yes | Held::Gone))
+        ours
     }
 
     /// Asks the same question until there is an answer or the lease ends; at least once.
@@ -372,11 +353,11 @@ impl Claims {
         } else {
             let asked = Instant::now();
             match self.ask_renewal(lease).await {
-                Ok(Held::Yes) => lease.extend(after(asked, self.lengths.lease)),
-                Ok(Held::Lost) if lease.ending() => {}
-                Ok(Held::Lost) => self.lose(lease),
-                // A lost record may come back as somebody else's; until our lease ends, nobody else's can.
-                Ok(Held::Gone) => {}
+                Ok(held) => match renewal(held, lease.ending()) {
+                    Renewal::Extended => lease.extend(after(asked, self.lengths.lease)),
+                    Renewal::Lost => self.lose(lease),
+                    Renewal::Unchanged => {}
+                },
                 Err(error) => tracing::warn!(target: "guestlist", %error, "a claim could not be renewed"),
             }
         }

@@ -3,11 +3,12 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::claims::{Claims, Completion, Lease};
+use super::claims::{Claims, Lease};
 use super::protocol::{Before, Release, Run, Token};
 use super::suspects::SuspectPermit;
 use crate::DedupKey;
 use crate::events::EventKind;
+use crate::settlement::{Completion, Holder};
 
 /// A claim in hand. It ends by `complete` or `release`; dropped, it is released as last said
 /// by [`release_on_drop`](Self::release_on_drop), in a task that outlives whoever dropped it. If
@@ -49,8 +50,9 @@ impl HeldClaim {
         self.attempt
     }
 
-    pub(crate) fn before(&self) -> Before {
-        self.before
+    /// As the settlement rules ask for it.
+    pub(crate) fn holder(&self) -> Holder {
+        Holder { attempt: self.attempt, before: self.before, in_force: self.in_force() }
     }
 
     pub(crate) fn run(&self) -> Run {
