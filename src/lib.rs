@@ -62,6 +62,7 @@ mod pause;
 mod pipeline;
 pub mod redeliver;
 pub mod retry;
+pub mod settlement;
 mod signal;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -18,9 +18,9 @@ use super::status::{Counters, State};
 use crate::backoff::Backoff;
 use crate::broker::{Broker, BrokerError, Subscription};
 use crate::events::{EventKind, Events};
-use crate::failure::Plan;
 use crate::pause::Gate;
 use crate::pipeline::Stack;
+use crate::settlement::Plan;
 use crate::{Acker, BoxError, Cause, Delivery, Error, Failure, Message, defaults};
 
 /// How long futures that are dropped at the end of a drain, and what they hand back, may take.

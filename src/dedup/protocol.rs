@@ -153,6 +153,19 @@ pub enum Claim {
     },
 }
 
+impl Claim {
+    /// The digest on record.
+    pub const fn digest(&self) -> Option<Digest> {
+        match *self {
+            Self::Acquired { digest, .. }
+            | Self::InProgress { digest, .. }
+            | Self::Parked { digest }
+            | Self::Done { digest } => digest,
+            Self::Suspect => None,
+        }
+    }
+}
+
 /// The answer to renew, complete and release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Held {
