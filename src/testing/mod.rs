@@ -9,3 +9,4 @@ mod recorder;
 
 pub use self::faulty_store::{Fault, FaultyStore};
 pub use self::recorder::Recorder;
+pub use crate::random::seeded::{SeededRandomness, seed_randomness};
