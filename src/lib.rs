@@ -60,6 +60,7 @@ mod identity;
 mod message;
 mod pause;
 mod pipeline;
+mod random;
 pub mod redeliver;
 pub mod retry;
 pub mod settlement;

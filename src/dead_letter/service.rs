@@ -128,13 +128,14 @@ impl Letterbox {
             failures += 1;
             self.is_away(to, &error, failures);
             tokio::select! {
-                () = sleep(Backoff::reconnect().delay(failures)) => {}
+                biased;
                 () = self.gate.given_up() => return Err(Cause::DeadLetterDown),
                 () = sleep_until(give_up_at) => {
                     // As in dedup: nobody may be left to try.
                     self.gate.open(Away::DeadLetters);
                     return Err(Cause::DeadLetterDown);
                 }
+                () = sleep(Backoff::reconnect().delay(failures)) => {}
             }
         }
     }

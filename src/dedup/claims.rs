@@ -1,6 +1,6 @@
 //! The claims in hand of one queue: asked for, renewed by one sweep, completed, released.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -61,7 +61,8 @@ pub(crate) struct Claims {
     away_until: Mutex<Option<Instant>>,
     /// What ends claims after whoever held them is gone; a consumer waits for it when it stops.
     background: TaskTracker,
-    table: Mutex<HashMap<u64, Arc<Lease>>>,
+    /// In the order of claiming: so are they renewed.
+    table: Mutex<BTreeMap<u64, Arc<Lease>>>,
     next_slot: AtomicU64,
     sweeping: AtomicBool,
 }
@@ -150,7 +151,7 @@ impl Claims {
                 return Err(NoAnswer(error));
             }
             tokio::select! {
-                () = sleep(Backoff::reconnect().delay(failures)) => {}
+                biased;
                 () = self.gate.given_up() => return Err(NoAnswer(error)),
                 () = sleep_until(give_up_at) => {
                     // Nobody may be left to ask: without a consumer around, the next delivery must find
@@ -158,6 +159,7 @@ impl Claims {
                     self.gate.open(Away::Store);
                     return Err(NoAnswer(error));
                 }
+                () = sleep(Backoff::reconnect().delay(failures)) => {}
             }
         }
     }
@@ -225,7 +227,7 @@ impl Claims {
         self.table().remove(&slot);
     }
 
-    fn table(&self) -> MutexGuard<'_, HashMap<u64, Arc<Lease>>> {
+    fn table(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Lease>>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

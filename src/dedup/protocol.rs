@@ -44,7 +44,7 @@ pub struct Token(u128);
 impl Token {
     /// A new token, from a cryptographic generator.
     pub fn random() -> Self {
-        Self(rand::random())
+        Self(crate::random::bits())
     }
 
     /// A token of these bits; for stores that read one back, and for tests.
