@@ -22,7 +22,7 @@ pub struct Event {
     pub key: Option<DedupKey>,
     /// The claim, while there is one.
     pub run: Option<Run>,
-    /// When the claim ends unless it is renewed, in its holder's own view: never later than in the store's.
+    /// When the claim ends unless it is renewed, in its claimant's own view: never later than in the store's.
     pub lease_ends: Option<Instant>,
     /// The attempt: counted by the store under a claim, else a hint.
     pub attempt: u32,
@@ -49,7 +49,7 @@ pub enum EventKind {
     Claimed(Before),
     /// Its id is done already.
     Duplicate,
-    /// It waits for another holder of its id.
+    /// It waits for another claimant of its id.
     Waited,
     /// The handler started.
     Started,
@@ -111,7 +111,7 @@ pub trait Observer: Send + Sync + 'static {
 
 /// The claim that an event is about.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Holder {
+pub(crate) struct Claimant {
     pub(crate) run: Run,
     pub(crate) lease_ends: Instant,
 }
@@ -125,8 +125,8 @@ impl Events {
         Self(observer)
     }
 
-    pub(crate) fn emit(&self, message: &Message, holder: Option<Holder>, kind: EventKind) {
-        self.tell(message, holder, None, kind);
+    pub(crate) fn emit(&self, message: &Message, claimant: Option<Claimant>, kind: EventKind) {
+        self.tell(message, claimant, None, kind);
     }
 
     /// How a delivery ended that was not acked, and why.
@@ -134,7 +134,7 @@ impl Events {
         self.tell(message, None, cause, kind);
     }
 
-    fn tell(&self, message: &Message, holder: Option<Holder>, cause: Option<Cause>, kind: EventKind) {
+    fn tell(&self, message: &Message, claimant: Option<Claimant>, cause: Option<Cause>, kind: EventKind) {
         if self.0.is_none() && !tracing::enabled!(target: "guestlist::event", tracing::Level::TRACE) {
             return;
         }
@@ -143,8 +143,8 @@ impl Events {
             at: Instant::now(),
             delivery: message.delivery_number(),
             key: found.map(|found| found.key),
-            run: holder.map(|holder| holder.run),
-            lease_ends: holder.map(|holder| holder.lease_ends),
+            run: claimant.map(|claimant| claimant.run),
+            lease_ends: claimant.map(|claimant| claimant.lease_ends),
             attempt: message.attempt(),
             generation: message.generation(),
             body: found.and_then(Identified::body_mark),

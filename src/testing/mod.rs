@@ -13,3 +13,4 @@ pub mod store_contract;
 pub use self::checker::Checker;
 pub use self::faulty_store::{Fault, FaultyStore};
 pub use self::recorder::Recorder;
+pub use crate::random::seeded::{SeededRandomness, seed_randomness};
