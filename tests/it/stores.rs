@@ -1,6 +1,7 @@
 //! The dedup stores: the contract of all stores, and what each has beside it.
 
 mod broken;
+mod machine;
 mod memory;
 mod near;
 mod swap;

@@ -173,7 +173,7 @@ async fn it_remembers_for_a_minute_and_a_window_at_most() {
         let desk = Desk::new();
         assert!(matches!(desk.near.claim(&KEY, &ask(1)).await.unwrap(), Claim::Acquired { .. }));
         desk.complete(window).await;
-        advance(remembered - MOMENT).await;
+        advance(remembered.saturating_sub(MOMENT)).await;
         assert_eq!(desk.copy(ask(2)).await, NEAR, "{window:?}");
         advance(MOMENT).await;
         let (done, asked) = desk.copy(ask(3)).await;
@@ -190,7 +190,7 @@ async fn a_completion_asked_again_does_not_lengthen_the_window() {
     assert!(desk.near.complete(&KEY, run(1), 10 * SECOND).await.is_err());
     advance(4 * SECOND).await;
     desk.complete(10 * SECOND).await;
-    advance(6 * SECOND - MOMENT).await;
+    advance((6 * SECOND).saturating_sub(MOMENT)).await;
     assert_eq!(desk.copy(ask(2)).await, NEAR);
     advance(MOMENT).await;
     assert_eq!(
@@ -208,7 +208,7 @@ async fn what_it_only_saw_done_is_remembered_for_a_sixtieth_of_the_window() {
         let two = one.beside();
         let ask = |token| Ask { retain: window, ..ask(token) };
         assert_eq!(two.copy(ask(2)).await, FAR);
-        advance(remembered - MOMENT).await;
+        advance(remembered.saturating_sub(MOMENT)).await;
         assert_eq!(two.copy(ask(3)).await, NEAR, "{window:?}");
         advance(MOMENT).await;
         assert_eq!(two.copy(ask(4)).await, FAR, "{window:?}");
