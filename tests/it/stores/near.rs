@@ -61,7 +61,7 @@ async fn every_call_under_it_may_fail_once() {
     every_call_fails_once(|| async { Arc::new(MemoryStore::new()) as _ }, near).await;
 }
 
-/// A store whose answers to claims take a second to arrive.
+/// A store whose answers to claims take a second to arrive, and to which a `forget` takes two.
 #[derive(Debug)]
 struct LateAnswers(MemoryStore);
 
@@ -90,6 +90,7 @@ impl DedupStore for LateAnswers {
     }
 
     async fn forget(&self, key: &DedupKey) -> Result<bool, StoreError> {
+        sleep(2 * SECOND).await;
         self.0.forget(key).await
     }
 
@@ -257,14 +258,37 @@ async fn an_answer_that_was_on_its_way_does_not_bring_back_what_was_forgotten() 
     let one = Desk::new();
     one.handle(ask(1)).await;
     let late = NearCache::new(LateAnswers(one.store.clone()));
-    let claim = tokio::spawn({
+    let claim = |token| {
         let late = late.clone();
-        async move { late.claim(&KEY, &ask(2)).await.unwrap() }
+        tokio::spawn(async move { late.claim(&KEY, &ask(token)).await.unwrap() })
+    };
+    let before = claim(2);
+    tokio::task::yield_now().await;
+    let forget = tokio::spawn({
+        let late = late.clone();
+        async move { late.forget(&KEY).await.unwrap() }
     });
     tokio::task::yield_now().await;
-    assert!(late.forget(&KEY).await.unwrap());
-    assert!(matches!(claim.await.unwrap(), Claim::Done { .. }), "asked before, it was done");
-    assert!(matches!(late.claim(&KEY, &ask(3)).await.unwrap(), Claim::Acquired { .. }));
+    let meanwhile = claim(3);
+    for claim in [before, meanwhile] {
+        assert!(matches!(claim.await.unwrap(), Claim::Done { .. }), "when it was asked, it was done");
+    }
+    assert!(forget.await.unwrap());
+    assert!(matches!(claim(4).await.unwrap(), Claim::Acquired { .. }), "now it is not");
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_remembers_for_no_longer_than_a_minute_whatever_it_is_told() {
+    let mut desk = Desk::new();
+    desk.near = desk.near.clone().with_max_age(HOUR);
+    desk.handle(ask(1)).await;
+    advance(MINUTE).await;
+    assert_eq!(desk.copy(ask(2)).await, FAR);
+    let mut desk = Desk::new();
+    desk.near = desk.near.clone().with_max_age(SECOND);
+    desk.handle(ask(1)).await;
+    advance(SECOND).await;
+    assert_eq!(desk.copy(ask(2)).await, FAR);
 }
 
 #[tokio::test(start_paused = true)]
