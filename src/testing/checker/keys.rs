@@ -16,7 +16,7 @@ impl Judge<'_> {
 
     fn one_key(&mut self, key: DedupKey, told: &Key) {
         let series = self.series(key, told);
-        for (pair, next_series) in told.runs.windows(2).zip(&series[1..]) {
+        for (pair, next_series) in told.runs.windows(2).zip(series.iter().skip(1)) {
             let [last, next] = pair else { continue };
             self.fences(key, last, next);
             self.overlap(key, last, next, next_series);
