@@ -82,7 +82,7 @@ use crate::{DedupKey, EventKind, defaults};
 
 /// Checks logs. Its settings are those of the queue whose log it is; they begin as a queue's do.
 /// See the [module docs](self) for an example.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Checker {
     lease: Duration,
     window: Duration,
