@@ -52,6 +52,8 @@ pub use self::layer::{DedupLayer, SharedStore, StorePolicy};
 pub use self::protocol::{Before, Fence, Release};
 pub use self::service::Dedup;
 pub use self::store::{DedupStore, InProcessStore, MemoryStore, StoreError, StoreFeatures};
+#[cfg(feature = "durable")]
+pub use self::store::{Durability, DurableStore};
 pub use self::suspects::Suspects;
 
 /// What a handler may know of its run.

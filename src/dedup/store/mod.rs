@@ -1,5 +1,7 @@
 //! The contract of a store.
 
+#[cfg(feature = "durable")]
+pub mod durable;
 mod memory;
 
 use std::fmt;
@@ -8,6 +10,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::futures::Notified;
 
+#[cfg(feature = "durable")]
+pub use self::durable::{Durability, DurableStore};
 pub use self::memory::MemoryStore;
 use super::protocol::{Ask, Claim, Held, Record, Release, Run};
 use crate::{BoxError, DedupKey};
