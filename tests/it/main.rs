@@ -22,6 +22,8 @@ mod middleware;
 mod nats_broker;
 #[cfg(feature = "testing")]
 mod stopping;
+#[cfg(feature = "durable")]
+mod stores;
 #[cfg(feature = "testing")]
 mod strangers;
 #[cfg(feature = "testing")]

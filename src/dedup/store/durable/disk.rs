@@ -182,19 +182,22 @@ fn trim_the_journal(data: &Path) -> io::Result<()> {
 }
 
 fn end_of_the_content(file: &mut fs::File, mut end: u64) -> io::Result<u64> {
-    let mut block = vec![0; 64 * 1024];
+    let (zeros, mut block) = (vec![0; BLOCK], vec![0; BLOCK]);
     while end > 0 {
-        let from = end.saturating_sub(block.len() as u64);
-        let block = &mut block[..usize::try_from(end - from).unwrap_or_default()];
+        let from = (end - 1) / BLOCK as u64 * BLOCK as u64;
+        let block = &mut block[..usize::try_from(end - from).unwrap_or(BLOCK)];
         file.seek(SeekFrom::Start(from))?;
         file.read_exact(block)?;
-        if let Some(last) = block.iter().rposition(|byte| *byte != 0) {
+        if *block != zeros[..block.len()] {
+            let last = block.iter().rposition(|byte| *byte != 0).unwrap_or_default();
             return Ok(from + last as u64 + 1);
         }
         end = from;
     }
     Ok(0)
 }
+
+const BLOCK: usize = 64 * 1024;
 
 /// Throws away what is past its time, whenever fjall writes its tables anew.
 struct Garbage(Settings);

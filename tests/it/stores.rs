@@ -1,0 +1,4 @@
+//! The dedup stores.
+
+#[cfg(feature = "durable")]
+mod durable;
