@@ -1,4 +1,4 @@
-//! For your own tests: the contract that every broker keeps, a recorder of events, a store that
+//! For your own tests: the contracts that every broker and every store keep, a recorder of events, a store that
 //! fails as told.
 //!
 //! Feature `testing`. Nothing here is for production: a broken promise panics.
@@ -6,6 +6,7 @@
 pub mod broker_contract;
 mod faulty_store;
 mod recorder;
+pub mod store_contract;
 
 pub use self::faulty_store::{Fault, FaultyStore};
 pub use self::recorder::Recorder;

@@ -22,7 +22,7 @@ mod middleware;
 mod nats_broker;
 #[cfg(feature = "testing")]
 mod stopping;
-#[cfg(feature = "durable")]
+#[cfg(feature = "testing")]
 mod stores;
 #[cfg(feature = "testing")]
 mod strangers;

@@ -1,5 +1,6 @@
 //! The store in a folder: what survives which death.
 
+mod contract;
 mod full;
 mod killed;
 mod torn;

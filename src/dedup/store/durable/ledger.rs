@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use super::record::Stored;
 use super::{Durability, StoreError};
 use crate::DedupKey;
-use crate::dedup::protocol::{Machine, Micros, Record, State};
+use crate::dedup::protocol::{Before, Fence, Machine, Micros, Record, Run, State, Token};
 
 /// The time seen and the life: a key of another length than any id's.
 pub(super) const ABOUT: &[u8] = b"about";
@@ -112,31 +113,34 @@ impl Ledger {
     }
 
     /// A record that cannot be read fails the calls of its key, and no others.
-    fn step(&self, now: Micros, step: &mut dyn Step, changed: &mut HashMap<DedupKey, Option<Record>>) {
+    fn step(&self, now: Micros, step: &mut dyn Step, changed: &mut Changes) {
         let key = step.key();
-        let record = match changed.get(&key) {
+        let old = match changed.get(&key) {
             Some(record) => Ok(*record),
-            None => self.read(&key),
+            None => self.read(&key, step.kind()),
         };
-        match record {
+        match old {
             Err(error) => step.fail(error),
             Ok(old) => {
                 let new = step.make(Machine::at(now), old);
-                if new != old {
+                if new != old || step.kind() == Kind::Removal {
                     changed.insert(key, new);
                 }
             }
         }
     }
 
-    fn read(&self, key: &DedupKey) -> Result<Option<Record>, StoreError> {
+    fn read(&self, key: &DedupKey, kind: Kind) -> Result<Option<Record>, StoreError> {
         let Some(bytes) = self.disk.get(key.as_bytes())? else { return Ok(None) };
-        let stored = Stored::decode(&bytes)?;
-        Ok(Some(self.without_the_dead(stored)))
+        match (kind, Stored::decode(&bytes)) {
+            (Kind::Claim, stored) => Ok(Some(self.without_the_dead(stored?))),
+            (Kind::Removal, Err(_)) => Ok(Some(UNREADABLE)),
+            (_, stored) => Ok(Some(stored?.record)),
+        }
     }
 
     /// The lock of the folder proves that the holders of an earlier life are gone, with their
-    /// process or with their store: their leases are over.
+    /// process or with their store: their leases are over. Only a claim asks for that.
     fn without_the_dead(&self, stored: Stored) -> Record {
         let Stored { record, life } = stored;
         match record.state {
@@ -147,7 +151,7 @@ impl Ledger {
         }
     }
 
-    fn write(&mut self, now: Micros, changed: HashMap<DedupKey, Option<Record>>) -> Result<(), StoreError> {
+    fn write(&mut self, now: Micros, changed: Changes) -> Result<(), StoreError> {
         if changed.is_empty() {
             return Ok(());
         }
@@ -170,9 +174,35 @@ impl Ledger {
     }
 }
 
+type Changes = HashMap<DedupKey, Option<Record>>;
+
+/// Stands for what cannot be read, where all that counts is that something is there.
+const UNREADABLE: Record = Record {
+    run: Run { token: Token::from_bits(0), fence: Fence(0) },
+    attempt: 0,
+    before: Before::First,
+    state: State::Parked,
+    generation: 0,
+    suspect: false,
+    interruptions: 0,
+    digest: None,
+    retain: Duration::MAX,
+    kept_until: Micros::MAX,
+};
+
+/// What a step is to its record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Claim,
+    /// It removes also what it cannot read.
+    Removal,
+    Other,
+}
+
 /// A call: one step of the protocol, and whoever waits for its answer.
 pub(super) trait Step: Send {
     fn key(&self) -> DedupKey;
+    fn kind(&self) -> Kind;
     /// Makes the step; the answer is kept until the change is written.
     fn make(&mut self, machine: Machine, record: Option<Record>) -> Option<Record>;
     /// It cannot be made.
@@ -186,6 +216,7 @@ pub(super) trait Step: Send {
 /// A step by a function of the machine.
 pub(super) struct Call<F, A> {
     key: DedupKey,
+    kind: Kind,
     make: F,
     answer: Result<A, StoreError>,
     to: oneshot::Sender<Result<A, StoreError>>,
@@ -196,12 +227,14 @@ where
     F: FnMut(Machine, Option<Record>) -> (Option<Record>, A) + Send + 'static,
     A: Send + 'static,
 {
-    pub(super) fn new(key: DedupKey, make: F) -> (Box<dyn Step>, oneshot::Receiver<Result<A, StoreError>>) {
-        let (to, answer) = oneshot::channel();
-        let not_made = Err(StoreError::new("the durable store did not come to it"));
-        (Box::new(Self { key, make, answer: not_made, to }), answer)
+    pub(super) fn new(key: DedupKey, kind: Kind, make: F) -> (Box<dyn Step>, Answer<A>) {
+        let (to, given) = oneshot::channel();
+        let answer = Err(StoreError::new("the durable store did not come to it"));
+        (Box::new(Self { key, kind, make, answer, to }), given)
     }
 }
+
+type Answer<A> = oneshot::Receiver<Result<A, StoreError>>;
 
 impl<F, A> Step for Call<F, A>
 where
@@ -210,6 +243,10 @@ where
 {
     fn key(&self) -> DedupKey {
         self.key
+    }
+
+    fn kind(&self) -> Kind {
+        self.kind
     }
 
     fn make(&mut self, machine: Machine, record: Option<Record>) -> Option<Record> {

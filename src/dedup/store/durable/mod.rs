@@ -18,7 +18,7 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 
 use self::actor::Message;
-use self::ledger::Call;
+use self::ledger::{Call, Kind};
 use super::{DedupStore, StoreError, StoreFeatures};
 use crate::DedupKey;
 use crate::dedup::protocol::{Ask, Claim, Held, Machine, Micros, Record, Release, Run};
@@ -136,9 +136,10 @@ impl DurableStore {
     async fn step<A: Send + 'static>(
         &self,
         key: &DedupKey,
+        kind: Kind,
         make: impl FnMut(Machine, Option<Record>) -> (Option<Record>, A) + Send + 'static,
     ) -> Result<A, StoreError> {
-        let (call, answer) = Call::new(*key, make);
+        let (call, answer) = Call::new(*key, kind, make);
         self.calls.send(Message::Call(call)).await.map_err(|_| actor::closed())?;
         answer.await.unwrap_or_else(|_| Err(actor::closed()))
     }
@@ -205,27 +206,27 @@ impl Builder {
 impl DedupStore for DurableStore {
     async fn claim(&self, key: &DedupKey, ask: &Ask) -> Result<Claim, StoreError> {
         let ask = *ask;
-        self.step(key, move |machine, record| machine.claim(record, &ask)).await
+        self.step(key, Kind::Claim, move |machine, record| machine.claim(record, &ask)).await
     }
 
     async fn renew(&self, key: &DedupKey, run: Run, lease: Duration) -> Result<Held, StoreError> {
-        self.step(key, move |machine, record| machine.renew(record, run, lease)).await
+        self.step(key, Kind::Other, move |machine, record| machine.renew(record, run, lease)).await
     }
 
     async fn complete(&self, key: &DedupKey, run: Run, window: Duration) -> Result<Held, StoreError> {
-        self.step(key, move |machine, record| machine.complete(record, run, window)).await
+        self.step(key, Kind::Other, move |machine, record| machine.complete(record, run, window)).await
     }
 
     async fn release(&self, key: &DedupKey, run: Run, why: Release) -> Result<Held, StoreError> {
-        self.step(key, move |machine, record| machine.release(record, run, why)).await
+        self.step(key, Kind::Other, move |machine, record| machine.release(record, run, why)).await
     }
 
     async fn inspect(&self, key: &DedupKey) -> Result<Option<Record>, StoreError> {
-        self.step(key, |machine, record| (record, machine.live(record))).await
+        self.step(key, Kind::Other, |machine, record| (record, machine.live(record))).await
     }
 
     async fn forget(&self, key: &DedupKey) -> Result<bool, StoreError> {
-        self.step(key, |machine, record| (None, machine.live(record).is_some())).await
+        self.step(key, Kind::Removal, |machine, record| (None, machine.live(record).is_some())).await
     }
 
     fn features(&self) -> StoreFeatures {

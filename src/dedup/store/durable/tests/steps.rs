@@ -92,20 +92,31 @@ fn make(act: &Act, machine: Machine, record: Option<Record>) -> (Option<Record>,
     }
 }
 
+fn kind(act: &Act) -> Kind {
+    match act {
+        Act::Claim { .. } => Kind::Claim,
+        Act::Forget => Kind::Removal,
+        _ => Kind::Other,
+    }
+}
+
 /// The store, and what it should be.
 struct Walk {
     temp: Temp,
     clock: Arc<OnceLock<Clock>>,
     ledger: Option<Ledger>,
-    records: [Option<Record>; KEYS as usize],
+    /// And in which life each was written.
+    records: [Option<Stored>; KEYS as usize],
     now: u64,
     life: u32,
+    opened_at: u64,
 }
 
 impl Walk {
     fn new(now: u64) -> Self {
         let (temp, clock) = (Temp::new(), Arc::default());
-        let mut walk = Self { temp, clock, ledger: None, records: [None; KEYS as usize], now, life: 0 };
+        let mut walk =
+            Self { temp, clock, ledger: None, records: [None; KEYS as usize], now, life: 0, opened_at: 0 };
         walk.restart();
         walk
     }
@@ -123,7 +134,7 @@ impl Walk {
             .iter()
             .map(|(number, act)| {
                 let act = act.clone();
-                Call::new(key(*number), move |machine, record| make(&act, machine, record))
+                Call::new(key(*number), kind(&act), move |machine, record| make(&act, machine, record))
             })
             .unzip();
         self.ledger.as_mut().unwrap().apply(self.now, &mut steps).unwrap();
@@ -141,10 +152,10 @@ impl Walk {
         }
     }
 
-    /// Whoever held a claim is gone.
     fn restart(&mut self) {
         drop(self.ledger.take());
         self.life += 1;
+        self.opened_at = self.now;
         let disk = self.temp.fjall(&self.clock);
         if self.life > 1 {
             let about = About::read(disk.as_ref()).unwrap();
@@ -152,11 +163,16 @@ impl Walk {
             assert!(about.time <= self.now);
         }
         self.ledger = Some(Ledger::open(disk, Durability::Process, self.life, self.now, self.now).unwrap());
-        for record in self.records.iter_mut().flatten() {
-            if let State::Claimed { deadline } = &mut record.state {
-                *deadline = self.now.min(*deadline);
-            }
+    }
+}
+
+/// To a claim, whoever held in another life is gone.
+fn seen(stored: Stored, act: &Act, life: u32, opened_at: u64) -> Record {
+    match stored.record.state {
+        State::Claimed { deadline } if stored.life != life && matches!(act, Act::Claim { .. }) => {
+            Record { state: State::Claimed { deadline: opened_at.min(deadline) }, ..stored.record }
         }
+        _ => stored.record,
     }
 }
 
