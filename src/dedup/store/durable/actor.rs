@@ -72,8 +72,8 @@ pub(super) fn closed() -> StoreError {
 fn open_folder(builder: &Builder) -> Result<Actor, StoreError> {
     let folder = Folder::open(&builder.path)?;
     let clock = Arc::new(OnceLock::new());
-    let settings =
-        Settings { cache: builder.cache, garbage_after: builder.garbage_after, clock: Arc::clone(&clock) };
+    let Builder { cache, memtable, garbage_after, .. } = *builder;
+    let settings = Settings { cache, memtable, garbage_after, clock: Arc::clone(&clock) };
     let open = move || Ok(Box::new(Fjall::open(&folder, &settings)?) as Box<dyn Disk>);
     let actor = Actor::open(Box::new(open), builder.durability)?;
     clock.get_or_init(|| actor.clock);

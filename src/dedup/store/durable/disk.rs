@@ -21,8 +21,6 @@ use crate::dedup::protocol::Micros;
 const MIB: u64 = 1024 * 1024;
 const RECORDS: &str = "records";
 
-/// Memory: up to four of these at once.
-const MEMTABLE: u64 = 16 * MIB;
 /// Disk: journals beyond this are emptied.
 const JOURNALS: u64 = 128 * MIB;
 const WORKERS: usize = 2;
@@ -38,6 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
     pub(super) cache: u64,
+    pub(super) memtable: u64,
     /// Records are garbage so much later than they say, in µs. More than the time that a crash can take
     /// back from the clock, so that a fence never sinks below that of a record thrown away.
     pub(super) garbage_after: Micros,
@@ -60,7 +59,7 @@ impl Fjall {
     fn open_data(data: &Path, settings: &Settings) -> Result<Self, StoreError> {
         let open = || {
             let database = builder(data, settings).open()?;
-            let records = database.keyspace(RECORDS, options)?;
+            let records = database.keyspace(RECORDS, || options(settings))?;
             database.persist(PersistMode::SyncAll)?;
             Ok(Self { database, records, settings: settings.clone() })
         };
@@ -136,8 +135,8 @@ fn builder(data: &Path, settings: &Settings) -> fjall::DatabaseBuilder<Database>
         }))
 }
 
-fn options() -> KeyspaceCreateOptions {
-    KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE)
+fn options(settings: &Settings) -> KeyspaceCreateOptions {
+    KeyspaceCreateOptions::default().max_memtable_size(settings.memtable)
 }
 
 fn cannot(what: &str, error: impl Into<crate::BoxError>) -> StoreError {

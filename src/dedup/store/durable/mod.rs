@@ -62,6 +62,7 @@ pub struct Builder {
     path: PathBuf,
     durability: Durability,
     cache: u64,
+    memtable: u64,
     garbage_after: Micros,
     sweep_every: Duration,
 }
@@ -89,6 +90,7 @@ impl DurableStore {
             path: path.as_ref().to_owned(),
             durability: Durability::default(),
             cache: Self::CACHE,
+            memtable: MEMTABLE,
             garbage_after: GARBAGE_AFTER,
             sweep_every: SWEEP_EVERY,
         }
@@ -145,6 +147,8 @@ impl DurableStore {
     }
 }
 
+/// Memory: up to four of these at once.
+const MEMTABLE: u64 = 16 * 1024 * 1024;
 /// More than a crash can take back from the clock.
 const GARBAGE_AFTER: Micros = 10_000_000;
 const SWEEP_EVERY: Duration = Duration::from_secs(60);

@@ -31,7 +31,8 @@ impl Temp {
     }
 
     fn fjall(&self, clock: &Arc<OnceLock<Clock>>) -> Box<dyn Disk> {
-        let settings = Settings { cache: 1 << 20, garbage_after: 0, clock: Arc::clone(clock) };
+        let settings =
+            Settings { cache: 1 << 20, memtable: 1 << 20, garbage_after: 0, clock: Arc::clone(clock) };
         Box::new(Fjall::open(&Folder::open(&self.0).unwrap(), &settings).unwrap())
     }
 }
@@ -402,4 +403,57 @@ proptest! {
         let _ = Stored::decode(&bytes);
         let _ = record::kept_until(&bytes);
     }
+}
+
+/// How many bytes the tables have.
+fn tables(folder: &Path) -> u64 {
+    let size = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(about) if about.is_dir() => tables(&entry.path()),
+        Ok(about) => about.len(),
+        Err(_) => 0,
+    };
+    std::fs::read_dir(folder).map_or(0, |entries| entries.filter_map(Result::ok).map(size).sum())
+}
+
+async fn complete_all(store: &DurableStore, numbers: std::ops::Range<u64>, window: Duration) {
+    let tasks = (0..64).map(|task| {
+        let (store, numbers) = (store.clone(), numbers.clone());
+        tokio::spawn(async move {
+            for number in numbers.skip(task).step_by(64) {
+                let run = Run { token: Token::from_bits(1), fence: Fence(1) };
+                store.complete(&numbered(number), run, window).await.unwrap();
+            }
+        })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        task.await.unwrap();
+    }
+}
+
+/// A store at rest but for a claim now and then: what is past its time leaves the disk, and every claim is answered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_disk_shrinks_while_claims_go_on() {
+    const IDS: u64 = 60_000;
+    const KEPT: u64 = 1_200;
+    let temp = Temp::new();
+    let quick = Builder {
+        memtable: 1 << 20,
+        garbage_after: 0,
+        sweep_every: Duration::from_millis(50),
+        ..DurableStore::builder(&temp.0)
+    };
+    let store = quick.open().await.unwrap();
+    complete_all(&store, 0..IDS, Duration::from_secs(2)).await;
+    complete_all(&store, IDS..IDS + KEPT, WINDOW).await;
+    let shrunk = async {
+        // Some 6 MB were written, and memory holds one of them.
+        while tables(&temp.0.join("data/keyspaces")) > 1_000_000 {
+            fence_of(store.claim(&key(1), &ask(1)).await.unwrap());
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), shrunk).await.expect("the disk never shrinks");
+    for kept in IDS..IDS + KEPT {
+        assert!(store.inspect(&numbered(kept)).await.unwrap().is_some(), "{kept} is within its window");
+    }
+    assert!(store.inspect(&numbered(1)).await.unwrap().is_none());
 }

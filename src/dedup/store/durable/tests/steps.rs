@@ -140,15 +140,18 @@ impl Walk {
         self.ledger.as_mut().unwrap().apply(self.now, &mut steps).unwrap();
         steps.into_iter().for_each(Step::answer);
         for ((number, act), mut answer) in calls.iter().zip(answers) {
-            let record = &mut self.records[usize::from(*number)];
-            let (new, expected) = make(act, Machine::at(self.now), *record);
+            let stored = &mut self.records[usize::from(*number)];
+            let old = stored.map(|stored| seen(stored, act, self.life, self.opened_at));
+            let (new, expected) = make(act, Machine::at(self.now), old);
             assert_eq!(
                 answer.try_recv().unwrap().unwrap(),
                 expected,
-                "{act:?} on {record:?} at {}",
+                "{act:?} on {stored:?} at {}",
                 self.now
             );
-            *record = new;
+            if new != old {
+                *stored = new.map(|record| Stored { record, life: self.life });
+            }
         }
     }
 
