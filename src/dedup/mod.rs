@@ -54,6 +54,8 @@ pub use self::service::Dedup;
 pub use self::store::{
     DedupStore, InProcessStore, MemoryStore, NearCache, StoreError, StoreFeatures, connect,
 };
+#[cfg(feature = "durable")]
+pub use self::store::{Durability, DurableStore};
 pub use self::suspects::Suspects;
 
 /// What a handler may know of its run.

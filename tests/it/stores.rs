@@ -2,6 +2,8 @@
 
 mod broken;
 mod machine;
+#[cfg(feature = "durable")]
+mod durable;
 mod memory;
 mod near;
 mod swap;

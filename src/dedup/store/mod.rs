@@ -1,5 +1,7 @@
 //! The contract of a store.
 
+#[cfg(feature = "durable")]
+pub mod durable;
 mod memory;
 mod near;
 mod url;
@@ -10,6 +12,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::futures::Notified;
 
+#[cfg(feature = "durable")]
+pub use self::durable::{Durability, DurableStore};
 pub use self::memory::MemoryStore;
 pub use self::near::NearCache;
 pub use self::url::connect;
