@@ -1,4 +1,7 @@
 //! The dedup stores: the contract of all stores, and what each has beside it.
 
+mod broken;
+mod memory;
 #[cfg(feature = "nats")]
 mod nats_kv;
+mod swap;
