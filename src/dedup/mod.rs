@@ -51,6 +51,8 @@ pub(crate) use self::guard::HeldClaim;
 pub use self::layer::{DedupLayer, SharedStore, StorePolicy};
 pub use self::protocol::{Before, Fence, Release};
 pub use self::service::Dedup;
+#[cfg(feature = "nats")]
+pub use self::store::NatsKvStore;
 pub use self::store::{
     DedupStore, InProcessStore, MemoryStore, NearCache, StoreError, StoreFeatures, connect,
 };

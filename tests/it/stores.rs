@@ -1,10 +1,12 @@
 //! The dedup stores: the contract of all stores, and what each has beside it.
 
 mod broken;
-mod machine;
 #[cfg(feature = "durable")]
 mod durable;
+mod machine;
 mod memory;
+#[cfg(feature = "nats")]
+mod nats_kv;
 mod near;
 mod swap;
 mod url;

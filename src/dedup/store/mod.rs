@@ -3,6 +3,8 @@
 #[cfg(feature = "durable")]
 pub mod durable;
 mod memory;
+#[cfg(feature = "nats")]
+pub mod nats_kv;
 mod near;
 mod url;
 
@@ -15,6 +17,8 @@ use tokio::sync::futures::Notified;
 #[cfg(feature = "durable")]
 pub use self::durable::{Durability, DurableStore};
 pub use self::memory::MemoryStore;
+#[cfg(feature = "nats")]
+pub use self::nats_kv::NatsKvStore;
 pub use self::near::NearCache;
 pub use self::url::connect;
 use super::protocol::{Ask, Claim, Held, Record, Release, Run};
