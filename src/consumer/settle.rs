@@ -94,13 +94,14 @@ pub(super) async fn conclude(
     report(message, &answer);
     counters.count(&answer);
     let outcome = answer.as_ref().ok().copied();
+    let cause = answer.as_ref().err().map(Failure::cause);
     let told = acker.conclude(answer.map_err(Failure::into_error)).await;
     let kind = match (&told, outcome) {
         (Err(_), _) => EventKind::Unsettled,
         (Ok(_), Some(outcome)) => EventKind::Acked(outcome),
         (Ok(disposition), None) => EventKind::Returned(*disposition),
     };
-    events.emit(message, None, kind);
+    events.emit_because(message, cause, kind);
     if let Err(error) = told {
         counters.unsettled();
         tracing::warn!(target: "guestlist", delivery = message.delivery_number(), ?error, "the broker could not be told how a delivery ended; it comes again");

@@ -12,7 +12,7 @@ use crate::backoff::Backoff;
 use crate::broker::copy::DeadLetter;
 use crate::broker::{Broker, BrokerError, BrokerErrorKind, Copy, Destination};
 use crate::clock::from_now;
-use crate::dedup::Release;
+use crate::dedup::{HeldClaim, Release};
 use crate::delivery::BoxFuture;
 use crate::events::{EventKind, Events};
 use crate::failure::Plan;
@@ -95,7 +95,7 @@ impl Letterbox {
         if let Err(cause) = self.publish(message, to, &record, &failure).await {
             return Err(kept(failure, cause));
         }
-        self.events.emit(message, failure.claim().map(crate::dedup::HeldClaim::run), EventKind::Copied);
+        self.events.emit(message, failure.claim().map(HeldClaim::holder), EventKind::Copied);
         if let Some(claim) = failure.take_claim() {
             claim.release(Release::DeadLettered).await;
         }
@@ -167,7 +167,7 @@ fn rejected(mut failure: Failure) -> Failure {
 
 /// The message stays with the source. The attempt counts if the handler ran.
 fn kept(mut failure: Failure, cause: Cause) -> Failure {
-    let ran = failure.claim().is_some_and(crate::dedup::HeldClaim::ran);
+    let ran = failure.claim().is_some_and(HeldClaim::ran);
     let release = |not_before| if ran { Release::Failed { not_before } } else { Release::NotStarted };
     failure.reclassify(FailureClass::Transient, cause);
     failure.set_plan(match cause {

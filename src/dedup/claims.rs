@@ -18,7 +18,7 @@ use super::suspects::SuspectPermit;
 use crate::backoff::Backoff;
 use crate::clock::{after, from_now};
 use crate::defaults;
-use crate::events::{EventKind, Events};
+use crate::events::{EventKind, Events, Holder};
 use crate::pause::{Away, Gate};
 use crate::{DedupKey, Message};
 
@@ -235,7 +235,7 @@ impl Claims {
         let slot = self.next_slot.fetch_add(1, Ordering::Relaxed);
         self.table().insert(slot, Arc::clone(&lease));
         self.start_sweeping();
-        self.events.emit(&lease.message, Some(lease.run), EventKind::Claimed(before));
+        self.events.emit(&lease.message, Some(lease.holder()), EventKind::Claimed(before));
         HeldClaim::new(Arc::clone(self), lease, slot, attempt, before, permit)
     }
 
@@ -263,7 +263,10 @@ impl Claims {
             Some(Held::Yes) => Completion::Recorded,
             // The store lost the record, and wrote `Done`; nobody else can have had the claim
             // as long as our own lease held.
-            Some(Held::Gone) if lease.in_force() => Completion::Recorded,
+            Some(Held::Gone) if lease.in_force() => {
+                self.forgotten(lease);
+                Completion::Recorded
+            }
             Some(Held::Gone | Held::Lost) => {
                 self.lose(lease);
                 Completion::Lost
@@ -281,9 +284,11 @@ impl Claims {
             None => self.until_lease_ends(lease, || self.store.release(&lease.key, lease.run, why)).await,
         };
         match held {
-            Some(Held::Yes) => self.events.emit(&lease.message, Some(lease.run), EventKind::Released(why)),
+            Some(Held::Yes) => {
+                self.events.emit(&lease.message, Some(lease.holder()), EventKind::Released(why))
+            }
             // The store lost the record; the delivery may still end as planned.
-            Some(Held::Gone) => {}
+            Some(Held::Gone) => self.forgotten(lease),
             Some(Held::Lost) | None => self.lose(lease),
         }
         matches!(held, Some(Held::Yes | Held::Gone))
@@ -386,7 +391,7 @@ impl Claims {
                 Ok(Held::Lost) if lease.ending() => {}
                 Ok(Held::Lost) => self.lose(lease),
                 // A lost record may come back as somebody else's; until our lease ends, nobody else's can.
-                Ok(Held::Gone) => {}
+                Ok(Held::Gone) => self.forgotten(lease),
                 Err(error) => tracing::warn!(target: "guestlist", %error, "a claim could not be renewed"),
             }
         }
@@ -402,9 +407,13 @@ impl Claims {
         }
     }
 
+    fn forgotten(&self, lease: &Lease) {
+        self.events.emit(&lease.message, Some(lease.holder()), EventKind::Forgotten);
+    }
+
     fn lose(&self, lease: &Lease) {
         if lease.lose() {
-            self.events.emit(&lease.message, Some(lease.run), EventKind::LeaseLost);
+            self.events.emit(&lease.message, Some(lease.holder()), EventKind::LeaseLost);
         }
     }
 }
@@ -458,6 +467,11 @@ impl Lease {
     /// Whether the holder may act on it: publish, settle, start the handler.
     pub(crate) fn in_force(&self) -> bool {
         !self.lost() && Instant::now() < *lock(&self.ends)
+    }
+
+    /// What events say of it.
+    pub(crate) fn holder(&self) -> Holder {
+        Holder { run: self.run, lease_ends: *lock(&self.ends) }
     }
 
     pub(crate) fn lost(&self) -> bool {

@@ -7,7 +7,7 @@ use super::claims::{Claims, Completion, Lease};
 use super::protocol::{Before, Release, Run, Token};
 use super::suspects::SuspectPermit;
 use crate::DedupKey;
-use crate::events::EventKind;
+use crate::events::{EventKind, Holder};
 
 /// A claim in hand. It ends by `complete` or `release`; dropped, it is released as last said
 /// by [`release_on_drop`](Self::release_on_drop), in a task that outlives whoever dropped it. If
@@ -55,6 +55,11 @@ impl HeldClaim {
 
     pub(crate) fn run(&self) -> Run {
         self.lease.run
+    }
+
+    /// What events say of it.
+    pub(crate) fn holder(&self) -> Holder {
+        self.lease.holder()
     }
 
     pub(crate) fn lease(&self) -> &Arc<Lease> {
@@ -134,7 +139,7 @@ impl Claims {
             }
             End::Complete => {
                 if self.complete(lease).await == Completion::Recorded {
-                    self.events.emit(&lease.message, Some(lease.run), EventKind::Completed);
+                    self.events.emit(&lease.message, Some(lease.holder()), EventKind::Completed);
                 }
             }
         }

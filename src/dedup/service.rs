@@ -174,7 +174,8 @@ impl Door {
             return Err(invalid_id(&id));
         }
         let key = self.scope.key(&id);
-        message.identify(Identified { id, key });
+        let digest = self.settings.compare_bodies.then(|| digest(message));
+        message.identify(Identified { id, key, digest });
         self.claims.events.emit(message, None, EventKind::Identified);
         Ok(Some(key))
     }
@@ -215,7 +216,7 @@ impl Door {
             lease: lengths.lease,
             retain: lengths.retain(),
             generation: message.generation(),
-            digest: self.settings.compare_bodies.then(|| digest(message)),
+            digest: self.settings.compare_bodies.then(|| known_digest(message)),
             alone,
         }
     }
@@ -257,7 +258,7 @@ impl Door {
             return Err(refused);
         }
         claim.start();
-        self.claims.events.emit(&message, Some(claim.run()), EventKind::Started);
+        self.claims.events.emit(&message, Some(claim.holder()), EventKind::Started);
         let handled = self.run_claimed(ready, &claim, message.clone()).await;
         match handled {
             Ok(()) => self.complete(claim, &message).await,
@@ -304,8 +305,8 @@ impl Door {
     }
 
     async fn complete(&self, claim: HeldClaim, message: &Message) -> Result<Outcome, Failure> {
-        let run = Some(claim.run());
-        let emit = |kind| self.claims.events.emit(message, run, kind);
+        let holder = Some(claim.holder());
+        let emit = |kind| self.claims.events.emit(message, holder, kind);
         emit(EventKind::Ran);
         match claim.complete().await {
             Completion::Recorded => {
@@ -323,7 +324,7 @@ impl Door {
 
     /// The claim travels outward in the failure, still renewed; whoever ends the failure releases it.
     fn failed(&self, mut failure: Failure, mut claim: HeldClaim, message: &Message) -> Failure {
-        self.claims.events.emit(message, Some(claim.run()), EventKind::Failed(failure.cause()));
+        self.claims.events.emit(message, Some(claim.holder()), EventKind::Failed(failure.cause()));
         if !claim.in_force() {
             failure = lease_lost(FAILED);
         } else if failure.class() == FailureClass::Transient
@@ -396,6 +397,11 @@ where
             Err(Failure::new(FailureClass::Transient, Cause::MaxRun, "the handler ran longer than max_run"))
         }
     }
+}
+
+/// Hashed once for each delivery, however often it claims.
+fn known_digest(message: &Message) -> Digest {
+    message.identified().and_then(|found| found.digest).unwrap_or_else(|| digest(message))
 }
 
 fn digest(message: &Message) -> Digest {
