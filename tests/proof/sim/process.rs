@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use guestlist::dedup::Suspects;
 use guestlist::dedup::protocol::Run;
+use guestlist::testing::checker::Marker;
 use guestlist::{
     Backoff, CancellationToken, Consumer, Error, Event, EventKind, Observer, Outcome, Queue,
 };
@@ -54,6 +55,7 @@ impl Process {
             deliveries: Mutex::default(),
         });
         world.log.step("process starts", number as u64);
+        world.log.mark(number, Marker::ProcessStarted);
         let task = tokio::spawn(process.consumer().run_until(process.stop.clone().cancelled_owned()));
         *process.abort.lock().unwrap() = Some(task.abort_handle());
         (process, task)
@@ -94,6 +96,7 @@ impl Process {
         if self.dead.swap(true, Ordering::Relaxed) {
             return;
         }
+        self.world.log.mark(self.number, Marker::ProcessKilled);
         self.world.broker.lose_sight_of(&self.world, self.number);
         if self.world.plan.in_process {
             self.world.lose_all_records(Some(self.number));

@@ -2,12 +2,13 @@
 //! what the consumer says of itself.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use guestlist::dedup::protocol::{Record, Run, State};
 use guestlist::{DedupKey, Disposition, Event, Message, MessageId, Scope};
 use tokio::time::Instant;
 
+use super::log::Log;
 use super::process::Process;
 use super::rules::Rule;
 use super::store::Op;
@@ -30,6 +31,8 @@ struct Id {
     effects: Vec<Effect>,
     /// Letters that nobody has sent back to work.
     letters: i64,
+    /// The generations in which one was ever written.
+    lettered: BTreeSet<u32>,
     /// The store has said `Done` of it, once at least.
     ever_done: bool,
     /// A handler succeeded without a claim, or without being recorded.
@@ -53,6 +56,7 @@ pub(super) struct Truth {
     crashed: Mutex<BTreeSet<usize>>,
     /// Peers are counted, not judged.
     judges: bool,
+    log: Arc<Log>,
 }
 
 /// How it ended, over all ids.
@@ -68,7 +72,7 @@ pub(super) struct Sums {
 }
 
 impl Truth {
-    pub(super) fn of(ids: usize, rule: Rule) -> Self {
+    pub(super) fn of(ids: usize, rule: Rule, log: Arc<Log>) -> Self {
         let scope = Scope::new("", &format!("memory:{ORDERS}"));
         let keys = (0..ids).map(|id| scope.key(&MessageId::new(name(id)).unwrap())).collect();
         Self {
@@ -78,6 +82,7 @@ impl Truth {
             violations: Mutex::default(),
             crashed: Mutex::default(),
             judges: !matches!(rule, Rule::Peer(_)),
+            log,
         }
     }
 
@@ -95,6 +100,7 @@ impl Truth {
 
     pub(super) fn violated(&self, what: String) {
         if self.judges {
+            self.log.violation(&what);
             self.violations.lock().unwrap().push(what);
         }
     }
@@ -181,7 +187,9 @@ impl Truth {
     }
 
     pub(super) fn letter(&self, message: &Message) {
-        self.ids()[number(message)].letters += 1;
+        let truth = &mut self.ids()[number(message)];
+        truth.letters += 1;
+        truth.lettered.insert(message.generation());
     }
 
     /// I1: the broker forgets a message only for a reason.
@@ -194,7 +202,9 @@ impl Truth {
         let ids = self.ids();
         let truth = &ids[id];
         let unrecorded = known.gap || (known.claim.is_none() && known.ran);
-        if !(truth.ever_done || truth.letters > 0 || unrecorded && !truth.effects.is_empty()) {
+        if !(truth.ever_done
+            || truth.lettered.contains(&message.generation())
+            || unrecorded && !truth.effects.is_empty()) {
             self.violated(format!("I1: m{id} is acked by p{} for no reason", process.number));
         }
     }
