@@ -37,7 +37,7 @@ impl Judge<'_> {
     fn fences(&mut self, key: DedupKey, last: &Run, next: &Run) {
         let backwards =
             self.story.process(last.begun) == self.story.process(next.begun) && next.begun < last.begun;
-        if backwards || last.fence == next.fence {
+        if (backwards || last.fence == next.fence) && self.lost_between(key, last, next).is_none() {
             let what = "a later claim has no higher fence";
             self.broken(Invariant::OneAtATime, Some(key), what, &[last.begun, next.begun]);
         }

@@ -63,6 +63,8 @@ mod lines;
 mod log;
 mod report;
 mod story;
+#[cfg(test)]
+mod tests;
 mod times;
 mod why;
 mod writer;
@@ -179,7 +181,7 @@ impl Checker {
 
     /// Checks a log. Costs time in proportion to its length.
     pub fn check(&self, log: &Log) -> Report {
-        let story = Story::of(log);
+        let story = Story::of(log, micros(self.slack));
         let mut judge = Judge { settings: self, story: &story, report: Report::default() };
         judge.report.counts = count(&story);
         judge.deliveries();
