@@ -10,7 +10,7 @@ use guestlist::dedup::Suspects;
 use guestlist::dedup::protocol::Run;
 use guestlist::testing::checker::Marker;
 use guestlist::{
-    Backoff, CancellationToken, Consumer, Error, Event, EventKind, Observer, Outcome, Queue,
+    Backoff, CancellationToken, Consumer, Error, Event, EventKind, Observer, Queue,
 };
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, sleep, sleep_until};
@@ -184,8 +184,8 @@ impl Observer for Eye {
         }
         process.world.log.event(process.number, event);
         process.learn(event);
-        if let EventKind::Acked(Outcome::Handled) = event.kind {
-            process.world.truth.handled(event);
+        if let (EventKind::Claimed(_), Some(run)) = (event.kind, event.run) {
+            process.world.truth.heard(run);
         }
         if process.world.strikes(process.world.plan.rates.crash) {
             process.world.log.fault(Some(process.number), "crash at an event");

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use guestlist::dedup::protocol::{Record, Run, State};
-use guestlist::{DedupKey, Disposition, Event, Message, MessageId, Scope};
+use guestlist::{DedupKey, Disposition, Message, MessageId, Scope};
 use tokio::time::Instant;
 
 use super::log::Log;
@@ -51,7 +51,9 @@ struct Effect {
 pub(super) struct Truth {
     keys: Vec<DedupKey>,
     ids: Mutex<Vec<Id>>,
-    by_token: Mutex<BTreeMap<u128, usize>>,
+    /// Claims that the store granted and no process has logged: the answer was lost for good, or the request
+    /// came when nobody waited for it any more.
+    unheard: Mutex<BTreeMap<u128, usize>>,
     violations: Mutex<Vec<String>>,
     crashed: Mutex<BTreeSet<usize>>,
     /// Peers are counted, not judged.
@@ -78,7 +80,7 @@ impl Truth {
         Self {
             keys,
             ids: Mutex::new((0..ids).map(|_| Id::default()).collect()),
-            by_token: Mutex::default(),
+            unheard: Mutex::default(),
             violations: Mutex::default(),
             crashed: Mutex::default(),
             judges: !matches!(rule, Rule::Peer(_)),
@@ -137,15 +139,20 @@ impl Truth {
 
     pub(super) fn succeeds(&self, process: &Process, run: &Started) {
         let token = run.run.map(|run| run.token.bits());
-        if let Some(token) = token {
-            self.by_token.lock().unwrap().insert(token, run.id);
-        }
         let truth = &mut self.ids()[run.id];
         truth.unrecorded |= token.is_none();
         truth.effects.push(Effect { token, process: process.number, recorded: false });
     }
 
-    pub(super) fn handled(&self, _event: &Event) {}
+    pub(super) fn heard(&self, run: Run) {
+        self.unheard.lock().unwrap().remove(&run.token.bits());
+    }
+
+    /// Whether somebody held this id of whom no log tells.
+    pub(super) fn had_unheard_holder(&self, key: &DedupKey) -> bool {
+        let id = self.id_of(key);
+        self.unheard.lock().unwrap().values().any(|other| Some(*other) == id)
+    }
 
     /// I4, I5: done only by a run that succeeded; what succeeded is never given up.
     pub(super) fn applied(
@@ -167,6 +174,11 @@ impl Truth {
         let Some(record) = new else { return };
         let token = record.run.token.bits();
         let effect = truth.effects.iter_mut().find(|effect| effect.token == Some(token));
+        if let (State::Claimed { .. }, Op::Claim(ask)) = (record.state, op)
+            && old.is_none_or(|old| old.run.token != ask.token)
+        {
+            self.unheard.lock().unwrap().insert(token, id);
+        }
         match (record.state, op) {
             (State::Done, _) => {
                 match effect {

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use guestlist::Message;
+use guestlist::{DedupKey, Message};
 use guestlist::dedup::StorePolicy;
-use guestlist::testing::checker::{Checker, Marker, Report};
+use guestlist::testing::checker::{Checker, Invariant, Marker, Report, Violation};
 use guestlist::testing::seed_randomness;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, advance, sleep, timeout};
@@ -96,9 +96,7 @@ async fn run(plan: Plan, rule: Rule) -> Outcome {
     }
     drop(around);
     let report = checker(&world.plan).check(&world.log.checked());
-    if !report.is_clean() {
-        world.truth.violated(report.to_string());
-    }
+    judge(&world, &report);
     let (faults, violations) = (world.log.faults(), world.truth.violations());
     let plan = world.plan.clone();
     let text = Box::new(move || (world.log.fault_list(), world.log.whole()));
@@ -111,6 +109,20 @@ fn checker(plan: &Plan) -> Checker {
     match plan.policy {
         StorePolicy::Process => checker.runs_without_store(),
         _ => checker,
+    }
+}
+
+/// The checker does not know of claims that no log tells of; of their ids, the attempts and the reason of
+/// each run are not to be judged by it.
+fn judge(world: &World, report: &Report) {
+    let bounded = |violation: &Violation| violation.invariant == Invariant::BoundedRetry;
+    let unheard = |key: Option<DedupKey>| key.is_some_and(|key| world.truth.had_unheard_holder(&key));
+    let violations = report.violations.iter().filter(|violation| !(bounded(violation) && unheard(violation.key)));
+    let unexplained = report.unexplained().filter(|extra| !unheard(Some(extra.key)));
+    let mut findings: Vec<String> = violations.map(|violation| format!("{violation:#?}")).collect();
+    findings.extend(unexplained.map(|extra| format!("{extra:#?}")));
+    if !findings.is_empty() {
+        world.truth.violated(format!("checker: {report}"));
     }
 }
 
