@@ -96,6 +96,7 @@ impl Process {
         if self.dead.swap(true, Ordering::Relaxed) {
             return;
         }
+        self.world.truth.crashed(self.number);
         self.world.log.mark(self.number, Marker::ProcessKilled);
         self.world.broker.lose_sight_of(&self.world, self.number);
         if self.world.plan.in_process {

@@ -15,6 +15,7 @@ use tokio::time::{Instant, advance, sleep, timeout};
 use super::broker::Hub;
 use super::log::{Fault, Log};
 use super::plan::{Kind, MILLI, MINUTE, Plan, SECOND};
+use super::panics::Panics;
 use super::process::{Process, supervise};
 use super::rng::Rng;
 use super::rules::Rule;
@@ -56,14 +57,18 @@ pub(super) struct Outcome {
 pub(super) fn play(seed: u64, rule: Rule) -> Outcome {
     let _seeded = seed_randomness(seed);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-    runtime.block_on(run(Plan::of(seed), rule))
+    let listening = Panics::listen();
+    let mut outcome = runtime.block_on(run(Plan::of(seed), rule));
+    drop(runtime);
+    outcome.violations.extend(listening.heard());
+    outcome
 }
 
 async fn run(plan: Plan, rule: Rule) -> Outcome {
     let log = Arc::new(Log::begin());
     let world = Arc::new(World {
         rng: Rng::new(plan.seed ^ 0x5EED),
-        truth: Truth::of(plan.stories.len(), rule, Arc::clone(&log)),
+        truth: Truth::of(plan.stories.len(), plan.window, rule, Arc::clone(&log)),
         log,
         records: Records::new(rule),
         broker: Hub::new(plan.kind),
@@ -90,6 +95,8 @@ async fn run(plan: Plan, rule: Rule) -> Outcome {
         drained = world.redrive_all().await;
     }
     world.end(&mut places).await;
+    // Each knows its world, and the world each.
+    world.processes.lock().unwrap().clear();
     let sums = world.truth.at_rest(drained);
     if !drained {
         world.truth.violated("I9: it does not come to rest".to_owned());
