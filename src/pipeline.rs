@@ -208,6 +208,7 @@ fn dedup(
         .into_layer(config.store(), scope)
         .with_waiters(waiters)
         .with_pause_hold(config.pause_hold)
+        .with_longest_backoff(config.backoff.cap())
         .with_gate(gate.clone())
         .with_events(events.clone())
         .with_cancellation(needs.cancellation)

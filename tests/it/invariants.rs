@@ -473,6 +473,20 @@ async fn i8_two_copies_of_one_failing_id_have_the_attempts_and_the_backoff_of_on
 }
 
 #[tokio::test(start_paused = true)]
+async fn i8_a_window_shorter_than_the_backoff_forgets_no_attempt() {
+    let lab = Lab::new();
+    lab.send("order-1");
+    let backoff = Backoff::new(5 * MINUTE, 1, 5 * MINUTE).without_jitter();
+    let queue = lab.queue().window(LEASE).backoff(backoff).max_attempts(3);
+    let process = lab.start(queue.handler(lab.handler(async |_| Err("busy".into()))));
+    lab.drained().await;
+    process.stop().await.unwrap();
+    assert_eq!(lab.journal.attempts("order-1"), [1, 2, 3]);
+    assert_eq!(lab.causes(), ["exhausted"]);
+    lab.check();
+}
+
+#[tokio::test(start_paused = true)]
 async fn i8_attempts_are_counted_over_processes_that_are_killed() {
     let lab = Lab::new();
     lab.send("order-1");

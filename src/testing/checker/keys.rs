@@ -64,7 +64,8 @@ impl Judge<'_> {
         // A holder that was killed may have released before it could say so.
         let released_unheard = match next.before {
             Some(Before::Failed | Before::HandedBack) => true,
-            Some(Before::First) => series.origin == Origin::Same,
+            // A redrive starts afresh on what was released or parked.
+            Some(Before::First) => matches!(series.origin, Origin::Same | Origin::Redriven),
             Some(Before::Vanished) | None => false,
         };
         if last.ended() || released_unheard { until.min(active) } else { until }

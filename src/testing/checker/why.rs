@@ -188,7 +188,9 @@ type Found = (Reason, String, Option<At>);
 /// Whether the claim was, or may have been, undone as if it had never been.
 fn restores(last: &Run) -> bool {
     let undone = last.released_as(|release| release == Release::NotStarted);
-    let unheard = last.end().is_none() && (last.started.is_none() || shed(last));
+    // A release may arrive after its holder has given the lease up for lost.
+    let open = !last.ended() && last.gap.is_none();
+    let unheard = open && (last.started.is_none() || shed(last));
     last.before == Some(Before::First) && (undone || unheard)
 }
 

@@ -202,3 +202,21 @@ fn reasons_and_runs_are_counted() {
     let reasons: Vec<_> = report.extra_by_reason().into_iter().collect();
     assert_eq!(reasons, [(Reason::Retried, 1), (Reason::Crashed, 1)]);
 }
+
+#[test]
+fn a_letter_may_be_redriven_before_its_holder_heard_that_it_is_parked() {
+    let mut tape = Tape::new();
+    tape.arrives("a", 1).claims(Before::First, 1, 1);
+    tape.all(&[EventKind::Started, EventKind::Failed(Cause::Permanent), EventKind::Copied]);
+    tape.after(SECOND).arrives("b", 1).with(|step| step.generation(1)).handles(Before::First, 2, 1);
+    assert_eq!(tape.reason(), Reason::Redriven);
+}
+
+#[test]
+fn a_claim_may_be_undone_after_its_holder_gave_its_lease_up() {
+    let mut tape = Tape::new();
+    tape.arrives("a", 1).claims(Before::First, 1, 1).says(EventKind::LeaseLost);
+    tape.returns(Cause::LeaseLost, Disposition::Abandon);
+    tape.after(SECOND).arrives("b", 1).handles(Before::First, 2, 1);
+    assert!(tape.clean().extra_runs.is_empty());
+}
