@@ -52,6 +52,8 @@ pub use self::layer::{DedupLayer, SharedStore, StorePolicy};
 pub use self::protocol::{Before, Fence, Release};
 pub use self::service::Dedup;
 pub use self::store::{DedupStore, InProcessStore, MemoryStore, StoreError, StoreFeatures};
+#[cfg(feature = "redis")]
+pub use self::store::{RedisStore, RedisStoreBuilder};
 pub use self::suspects::Suspects;
 
 /// What a handler may know of its run.

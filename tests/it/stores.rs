@@ -1,0 +1,4 @@
+//! The stores, each on a server of its own kind.
+
+#[cfg(feature = "redis")]
+mod redis;
