@@ -1,6 +1,8 @@
 //! `RedisStore` on real servers: Redis (`GUESTLIST_STORES=distribution`) or Valkey (`current`).
 
+mod cluster;
 mod faults;
 mod formats;
 mod machine;
+mod proxy;
 mod server;

@@ -15,13 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::target::Target;
 use crate::Backoff;
-
-/// An answer that takes longer is not waited for, and the connection is replaced. Below the default deadline of a
-/// store call (5 s), above what Redis may stall for a slow disk (2 s with `appendfsync everysec`).
-pub(super) const ANSWER: Duration = Duration::from_secs(3);
-
-/// Connecting, TLS and the handshake may take this long.
-pub(super) const CONNECT: Duration = Duration::from_secs(3);
+use crate::defaults::REDIS_ANSWER;
 
 /// A call that its caller gave up after this long unanswered casts doubt on the connection too.
 const DOUBT: Duration = Duration::from_millis(250);
@@ -95,7 +89,8 @@ impl Link {
     /// Asks, once.
     pub(super) async fn ask_once(&self, command: &Cmd) -> Result<Value, RedisError> {
         let mut live = self.live().await?;
-        let unanswered = Unanswered { link: self, number: live.number, since: Instant::now(), answered: false };
+        let unanswered =
+            Unanswered { link: self, number: live.number, since: Instant::now(), answered: false };
         let answer = live.connection.ask(command).await;
         unanswered.answered();
         match answer {
@@ -104,7 +99,7 @@ impl Link {
         }
         .inspect_err(|error| {
             if spoils_the_connection(error) {
-                self.replace(live.number, error.clone());
+                self.replace(live.number, error);
             }
         })
     }
@@ -122,7 +117,7 @@ impl Link {
         if let Some(live) = usable(&state.borrow_and_update()) {
             return Ok(live);
         }
-        let _ = timeout(ANSWER, state.changed()).await;
+        let _ = timeout(REDIS_ANSWER, state.changed()).await;
         match &*state.borrow() {
             State::Up(live) => Ok(live.clone()),
             State::Down(error) => Err(error.clone()),
@@ -130,7 +125,7 @@ impl Link {
     }
 
     /// Has the connection of this number replaced, unless it was already.
-    fn replace(&self, number: u64, why: RedisError) {
+    fn replace(&self, number: u64, why: &RedisError) {
         let mut lost = None;
         self.0.state.send_if_modified(|state| match state {
             State::Up(live) if live.number == number => {
@@ -175,10 +170,8 @@ async fn reconnect(link: Weak<Inner>, lost: Live) {
 
 /// Whether the next call fares better on another connection.
 fn spoils_the_connection(error: &RedisError) -> bool {
-    let moved_on = matches!(
-        error.kind(),
-        ErrorKind::Server(ServerErrorKind::ReadOnly | ServerErrorKind::MasterDown)
-    );
+    let moved_on =
+        matches!(error.kind(), ErrorKind::Server(ServerErrorKind::ReadOnly | ServerErrorKind::MasterDown));
     error.is_unrecoverable_error() || error.is_timeout() || moved_on || says_read_only(error)
 }
 
@@ -205,7 +198,7 @@ impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
         if !self.answered && self.since.elapsed() >= DOUBT {
             let why = std::io::Error::from(std::io::ErrorKind::TimedOut);
-            self.link.replace(self.number, why.into());
+            self.link.replace(self.number, &why.into());
         }
     }
 }

@@ -19,11 +19,8 @@ use self::record::Unintelligible;
 use self::script::Transition;
 use self::target::{Address, Extras};
 use super::{DedupStore, StoreError, StoreFeatures};
-use crate::DedupKey;
 use crate::dedup::protocol::{Ask, Claim, Held, Record, Release, Run};
-
-/// What every key begins with, unless told otherwise.
-pub const DEFAULT_PREFIX: &str = "guestlist:";
+use crate::{DedupKey, defaults};
 
 /// A store in Redis (5 or newer) or Valkey, shared by all processes that connect to it. Cheap to clone; clones
 /// share a connection.
@@ -150,7 +147,7 @@ impl RedisStore {
 }
 
 impl RedisStoreBuilder {
-    /// What the keys begin with: `guestlist:` by default. A part in `{}` puts all keys of a cluster on one node.
+    /// What the keys begin with: [`guestlist:`](defaults::REDIS_PREFIX) by default. A part in `{}` puts all keys of a cluster on one node.
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = Some(prefix.into());
         self
@@ -197,7 +194,7 @@ impl RedisStoreBuilder {
         let link = Link::open(target).await.map_err(|error| {
             StoreError::new(format!("no connection to {name}: {}", advice(&error))).with_source(error)
         })?;
-        let prefix = prefix.unwrap_or_else(|| DEFAULT_PREFIX.to_owned()).into();
+        let prefix = prefix.unwrap_or_else(|| defaults::REDIS_PREFIX.to_owned()).into();
         let store = RedisStore { link, prefix };
         // A wrong database, a forbidden script or a foreign prefix shows here, not with the first message.
         store.inspect(&DedupKey::from_bytes([0; 16])).await?;
@@ -214,21 +211,27 @@ fn failed(what: &str, error: RedisError) -> StoreError {
     StoreError::new(format!("Redis did not {what}: {}", advice(&error))).with_source(error)
 }
 
+const RIGHTS: &str = "the user may not; it needs +evalsha +eval +time +get +set +del on the prefix's keys";
+
 /// What to do about it.
 fn advice(error: &RedisError) -> &'static str {
     if says_read_only(error) {
         return "it is a read-only replica; connect to the master, by Sentinel if there is one";
     }
+    // A command inside a script is refused in other words.
+    let forbidden = error.detail().is_some_and(|detail| detail.contains("The user executing the script"));
     match (error.kind(), error.code()) {
         (ErrorKind::Server(ServerErrorKind::BusyLoading), _) => "it is loading its data",
-        (ErrorKind::Server(ServerErrorKind::NoPerm), _) => {
-            "the user may not; it needs +evalsha +eval +time +get +set +del on the prefix's keys"
-        }
+        _ if forbidden => RIGHTS,
+        (ErrorKind::Server(ServerErrorKind::NoPerm), _) => RIGHTS,
         (_, Some("OOM")) => "its memory is full (maxmemory)",
         (_, Some("MISCONF")) => "it refuses writes since it cannot save them; look at its log and disk",
         (_, Some("WRONGTYPE")) => "a key under the prefix holds something else; use a prefix of our own",
-        (_, Some("NOAUTH" | "WRONGPASS")) | (ErrorKind::AuthenticationFailed, _) => "user or password are wrong",
+        (_, Some("NOAUTH" | "WRONGPASS")) | (ErrorKind::AuthenticationFailed, _) => {
+            "user or password are wrong"
+        }
         (ErrorKind::Server(ServerErrorKind::ClusterDown), _) => "the cluster is down",
+        (ErrorKind::MasterNameNotFoundBySentinel, _) => "no Sentinel knows a master of this name",
         _ if error.is_timeout() => "it did not answer in time",
         _ if error.is_io_error() => "it cannot be reached",
         _ => "it refused",

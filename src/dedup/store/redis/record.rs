@@ -98,18 +98,7 @@ pub(super) fn record(bytes: &[u8]) -> Read<Record> {
         3 => State::Done,
         _ => return Err(Unintelligible),
     };
-    Ok(Record {
-        run,
-        attempt,
-        before,
-        state,
-        generation,
-        suspect,
-        interruptions,
-        digest,
-        retain,
-        kept_until,
-    })
+    Ok(Record { run, attempt, before, state, generation, suspect, interruptions, digest, retain, kept_until })
 }
 
 struct Reader<'a>(&'a [u8]);

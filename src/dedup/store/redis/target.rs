@@ -13,8 +13,9 @@ use redis::{
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 
-use super::link::{ANSWER, CONNECT, Connection};
+use super::link::Connection;
 use crate::dedup::StoreError;
+use crate::defaults::{REDIS_ANSWER, REDIS_CONNECT};
 
 /// How many calls may wait for the connection's task, beyond which callers wait in turn.
 const WAITING: usize = 1024;
@@ -63,7 +64,8 @@ fn bad_url(why: &str) -> StoreError {
 
 impl Address {
     pub(super) fn parse(url: &str) -> Result<Self, StoreError> {
-        let (scheme, rest) = url.split_once("://").ok_or_else(|| bad_url("it has no scheme like redis://"))?;
+        let (scheme, rest) =
+            url.split_once("://").ok_or_else(|| bad_url("it has no scheme like redis://"))?;
         let (scheme, kind) = scheme.split_once('+').unwrap_or((scheme, ""));
         let tls = match scheme {
             "redis" | "valkey" => false,
@@ -91,6 +93,8 @@ impl Address {
     pub(super) fn target(self, extras: &Extras) -> Result<Target, StoreError> {
         if self.is_tls() {
             install_a_tls_provider();
+        } else if extras.certificates().is_some() {
+            return Err(bad_url("certificates are given, but it is without TLS; that needs rediss"));
         }
         let name = self.to_string();
         let reach = match self.kind.clone() {
@@ -152,9 +156,9 @@ impl Address {
         // a call's deadline would only come too late.
         let mut builder = ClusterClientBuilder::new(self.nodes)
             .tcp_settings(tcp())
-            .connection_timeout(CONNECT)
-            .response_timeout(ANSWER)
-            .overall_response_timeout(Some(ANSWER))
+            .connection_timeout(REDIS_CONNECT)
+            .response_timeout(REDIS_ANSWER)
+            .overall_response_timeout(Some(REDIS_ANSWER))
             .retries(4)
             .min_retry_wait(50)
             .max_retry_wait(500);
@@ -175,7 +179,9 @@ fn kind_and_database<'a>(kind: &str, path: &'a str) -> Result<(Kind, &'a str), S
         "sentinel" => {
             let (service, database) = path.split_once('/').unwrap_or((path, ""));
             if service.is_empty() {
-                return Err(bad_url("Sentinel needs the service's name: redis+sentinel://host1,host2/SERVICE"));
+                return Err(bad_url(
+                    "Sentinel needs the service's name: redis+sentinel://host1,host2/SERVICE",
+                ));
             }
             Ok((Kind::Sentinel { service: service.to_owned() }, database))
         }
@@ -236,7 +242,14 @@ impl fmt::Display for Address {
         }
         for (index, node) in self.nodes.iter().enumerate() {
             let comma = if index > 0 { "," } else { "" };
-            write!(f, "{comma}{}", node.addr())?;
+            match node.addr() {
+                ConnectionAddr::Tcp(host, port) | ConnectionAddr::TcpTls { host, port, .. }
+                    if host.contains(':') =>
+                {
+                    write!(f, "{comma}[{host}]:{port}")?;
+                }
+                address => write!(f, "{comma}{address}")?,
+            }
         }
         if let Kind::Sentinel { service } = &self.kind {
             write!(f, "/{service}")?;
@@ -262,15 +275,15 @@ impl Target {
     /// A new connection, to the master of now.
     pub(super) async fn open(&self) -> Result<Connection, RedisError> {
         let late = |_| RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut));
-        timeout(CONNECT, self.reach.open()).await.map_err(late)?
+        timeout(REDIS_CONNECT, self.reach.open()).await.map_err(late)?
     }
 }
 
 impl Reach {
     async fn open(&self) -> Result<Connection, RedisError> {
         let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(CONNECT))
-            .set_response_timeout(Some(ANSWER))
+            .set_connection_timeout(Some(REDIS_CONNECT))
+            .set_response_timeout(Some(REDIS_ANSWER))
             .set_pipeline_buffer_size(WAITING);
         Ok(match self {
             Self::Single(client) => {

@@ -6,9 +6,7 @@
 use std::time::Duration;
 
 use guestlist::DedupKey;
-use guestlist::dedup::protocol::{
-    Ask, Claim, Fence, Held, Machine, Record, Release, Run, State, Token,
-};
+use guestlist::dedup::protocol::{Ask, Claim, Fence, Held, Machine, Record, Release, Run, State, Token};
 use guestlist::dedup::{DedupStore, RedisStore};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -216,7 +214,10 @@ async fn compare(seed: u64, stores: &[RedisStore; 2], plain: &Plain) -> Tally {
         } else if kind(got) == kind(low) && kind(got) == kind(high) {
             (low_record, high_record)
         } else {
-            assert!(kind(got) == kind(low) || kind(got) == kind(high), "{got:?}, not {low:?} or {high:?}: {told}");
+            assert!(
+                kind(got) == kind(low) || kind(got) == kind(high),
+                "{got:?}, not {low:?} or {high:?}: {told}"
+            );
             let one = if kind(got) == kind(low) { low_record } else { high_record };
             (one, one)
         };
@@ -243,9 +244,7 @@ async fn compare(seed: u64, stores: &[RedisStore; 2], plain: &Plain) -> Tally {
 
 fn with_fence(record: Record, answer: Answer) -> Record {
     match answer {
-        Answer::Claim(Claim::Acquired { fence, .. }) => {
-            Record { run: Run { fence, ..record.run }, ..record }
-        }
+        Answer::Claim(Claim::Acquired { fence, .. }) => Record { run: Run { fence, ..record.run }, ..record },
         _ => record,
     }
 }

@@ -100,6 +100,7 @@ pub(super) fn command(words: &str) -> Cmd {
 /// A private server, ended when it is dropped.
 pub(super) struct Server {
     pub(super) port: u16,
+    kind: &'static str,
     dir: PathBuf,
     config: PathBuf,
     process: Child,
@@ -108,19 +109,24 @@ pub(super) struct Server {
 impl Server {
     /// Starts one with these lines in its configuration, and waits until it answers.
     pub(super) async fn start(config: &str) -> Self {
-        let server = Self::spawn(config);
-        server.answers().await;
-        server
+        Self::start_as("redis", config).await
     }
 
-    pub(super) fn spawn(config: &str) -> Self {
+    /// Starts a Sentinel.
+    pub(super) async fn start_sentinel(config: &str) -> Self {
+        Self::start_as("sentinel", config).await
+    }
+
+    async fn start_as(kind: &'static str, config: &str) -> Self {
         let dir = std::env::temp_dir().join(unique("guestlist-redis"));
         std::fs::create_dir_all(&dir).unwrap();
         let file = dir.join("more.conf");
         std::fs::write(&file, config).unwrap();
         let port = free_port();
-        let process = run(port, &dir, &file);
-        Self { port, dir, config: file, process }
+        let process = run(kind, port, &dir, &file);
+        let server = Self { port, kind, dir, config: file, process };
+        server.answers().await;
+        server
     }
 
     pub(super) fn url(&self) -> String {
@@ -167,7 +173,7 @@ impl Server {
 
     /// Starts it again on its data; it may still be loading when this returns.
     pub(super) fn start_again(&mut self) {
-        self.process = run(self.port, &self.dir, &self.config);
+        self.process = run(self.kind, self.port, &self.dir, &self.config);
     }
 }
 
@@ -178,9 +184,9 @@ impl Drop for Server {
     }
 }
 
-fn run(port: u16, dir: &Path, config: &Path) -> Child {
+fn run(kind: &str, port: u16, dir: &Path, config: &Path) -> Child {
     let mut command = Command::new(PathBuf::from(env("GUESTLIST_SCRIPTS")).join("stores"));
-    command.args(["run", "redis", &env("GUESTLIST_STORES"), &port.to_string()]).arg(dir).arg(config);
+    command.args(["run", kind, &env("GUESTLIST_STORES"), &port.to_string()]).arg(dir).arg(config);
     let out = std::fs::File::create(dir.join("out")).unwrap();
     command.stdin(Stdio::null()).stdout(out.try_clone().unwrap()).stderr(out);
     command.spawn().unwrap()
