@@ -1,4 +1,7 @@
-//! The stores, each on a server of its own kind.
+//! The dedup stores: the contract of all stores, and what each has beside it.
 
+mod broken;
+mod memory;
 #[cfg(feature = "redis")]
 mod redis;
+mod swap;
