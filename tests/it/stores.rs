@@ -8,5 +8,7 @@ mod memory;
 #[cfg(feature = "nats")]
 mod nats_kv;
 mod near;
+#[cfg(feature = "redis")]
+mod redis;
 mod swap;
 mod url;

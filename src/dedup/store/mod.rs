@@ -6,6 +6,8 @@ mod memory;
 #[cfg(feature = "nats")]
 pub mod nats_kv;
 mod near;
+#[cfg(feature = "redis")]
+mod redis;
 mod url;
 
 use std::fmt;
@@ -20,6 +22,8 @@ pub use self::memory::MemoryStore;
 #[cfg(feature = "nats")]
 pub use self::nats_kv::NatsKvStore;
 pub use self::near::NearCache;
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisStore, RedisStoreBuilder};
 pub use self::url::connect;
 use super::protocol::{Ask, Claim, Held, Record, Release, Run};
 use crate::{BoxError, DedupKey};

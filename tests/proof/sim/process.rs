@@ -9,9 +9,7 @@ use std::time::Duration;
 use guestlist::dedup::Suspects;
 use guestlist::dedup::protocol::Run;
 use guestlist::testing::checker::Marker;
-use guestlist::{
-    Backoff, CancellationToken, Consumer, Error, Event, EventKind, Observer, Queue,
-};
+use guestlist::{Backoff, CancellationToken, Consumer, Error, Event, EventKind, Observer, Queue};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, sleep, sleep_until};
 

@@ -202,13 +202,7 @@ impl Truth {
     }
 
     /// I4, I5: done only by a run that succeeded; what succeeded is never given up.
-    pub(super) fn applied(
-        &self,
-        key: &DedupKey,
-        op: &Op,
-        old: Option<Record>,
-        new: Option<Record>,
-    ) {
+    pub(super) fn applied(&self, key: &DedupKey, op: &Op, old: Option<Record>, new: Option<Record>) {
         let Some(id) = self.id_of(key) else {
             return self.violated("a call for a key that nobody sent".to_owned());
         };
@@ -265,7 +259,8 @@ impl Truth {
         let unrecorded = known.gap || (known.claim.is_none() && known.ran);
         if !(truth.ever_done
             || truth.lettered.contains(&message.generation())
-            || unrecorded && !truth.effects.is_empty()) {
+            || unrecorded && !truth.effects.is_empty())
+        {
             self.violated(format!("I1: m{id} is acked by p{} for no reason", process.number));
         }
     }

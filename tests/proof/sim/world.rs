@@ -5,17 +5,17 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use guestlist::{DedupKey, Message};
 use guestlist::dedup::StorePolicy;
 use guestlist::testing::checker::{Checker, Invariant, Marker, Report, Violation};
 use guestlist::testing::seed_randomness;
+use guestlist::{DedupKey, Message};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, advance, sleep, timeout};
 
 use super::broker::Hub;
 use super::log::{Fault, Log};
-use super::plan::{Kind, MILLI, MINUTE, Plan, SECOND};
 use super::panics::Panics;
+use super::plan::{Kind, MILLI, MINUTE, Plan, SECOND};
 use super::process::{Process, supervise};
 use super::rng::Rng;
 use super::rules::Rule;
@@ -56,7 +56,8 @@ pub(super) struct Outcome {
 /// Plays a seed, in a runtime of its own on this thread.
 pub(super) fn play(seed: u64, rule: Rule) -> Outcome {
     let _seeded = seed_randomness(seed);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     let listening = Panics::listen();
     let mut outcome = runtime.block_on(run(Plan::of(seed), rule));
     drop(runtime);
@@ -124,7 +125,8 @@ fn checker(plan: &Plan) -> Checker {
 fn judge(world: &World, report: &Report) {
     let bounded = |violation: &Violation| violation.invariant == Invariant::BoundedRetry;
     let unheard = |key: Option<DedupKey>| key.is_some_and(|key| world.truth.had_unheard_holder(&key));
-    let violations = report.violations.iter().filter(|violation| !(bounded(violation) && unheard(violation.key)));
+    let violations =
+        report.violations.iter().filter(|violation| !(bounded(violation) && unheard(violation.key)));
     let unexplained = report.unexplained().filter(|extra| !unheard(Some(extra.key)));
     let mut findings: Vec<String> = violations.map(|violation| format!("{violation:#?}")).collect();
     findings.extend(unexplained.map(|extra| format!("{extra:#?}")));
