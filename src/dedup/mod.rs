@@ -52,6 +52,8 @@ pub use self::layer::{DedupLayer, SharedStore, StorePolicy};
 pub use self::protocol::{Before, Fence, Release};
 pub use self::service::Dedup;
 pub use self::store::{DedupStore, InProcessStore, MemoryStore, StoreError, StoreFeatures};
+#[cfg(feature = "postgres")]
+pub use self::store::{PostgresStore, PostgresStoreBuilder};
 pub use self::suspects::Suspects;
 
 /// What a handler may know of its run.

@@ -23,6 +23,8 @@ mod nats_broker;
 #[cfg(feature = "testing")]
 mod stopping;
 #[cfg(feature = "testing")]
+mod stores;
+#[cfg(feature = "testing")]
 mod strangers;
 #[cfg(feature = "testing")]
 mod support;

@@ -1,6 +1,8 @@
 //! The contract of a store.
 
 mod memory;
+#[cfg(feature = "postgres")]
+mod postgres;
 
 use std::fmt;
 use std::time::Duration;
@@ -9,6 +11,8 @@ use async_trait::async_trait;
 use tokio::sync::futures::Notified;
 
 pub use self::memory::MemoryStore;
+#[cfg(feature = "postgres")]
+pub use self::postgres::{PostgresStore, PostgresStoreBuilder};
 use super::protocol::{Ask, Claim, Held, Record, Release, Run};
 use crate::{BoxError, DedupKey};
 
