@@ -60,8 +60,10 @@ mod identity;
 mod message;
 mod pause;
 mod pipeline;
+mod random;
 pub mod redeliver;
 pub mod retry;
+pub mod settlement;
 mod signal;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -165,6 +165,7 @@ async fn run_all(
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), Error> {
     let first = tokio::select! {
+        biased;
         () = stop => Ok(()),
         Some(ended) = running.join_next() => flatten(ended),
     };

@@ -14,7 +14,7 @@ use guestlist::{
 };
 use tokio::time::{Instant, sleep};
 
-use crate::support::{DEAD, HOUR, LEASE, Lab, LogCapture, MINUTE, ORDERS, SECOND, pass, sequences, until};
+use crate::support::{DEAD, HOUR, LEASE, Lab, LogCapture, MINUTE, ORDERS, SECOND, pass, until};
 
 /// A deterministic unfairness: which orders fail, and how often.
 fn fails_at_first(id: &str, attempt: u32) -> bool {
@@ -770,7 +770,8 @@ async fn i15_the_event_sequence_of_each_delivery_is_whole() {
     lab.drained().await;
     process.stop().await.unwrap();
     lab.check();
-    let kinds: Vec<Vec<EventKind>> = sequences(&lab.log.events())
+    let kinds: Vec<Vec<EventKind>> = lab
+        .deliveries()
         .into_values()
         .map(|sequence| sequence.iter().map(|event| event.kind).collect())
         .collect();

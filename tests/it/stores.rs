@@ -1,4 +1,7 @@
-//! The stores, each on its own server.
+//! The dedup stores: the contract of all stores, and what each has beside it.
 
-#[cfg(all(feature = "postgres", feature = "testing"))]
+mod broken;
+mod memory;
+#[cfg(feature = "postgres")]
 mod postgres;
+mod swap;
