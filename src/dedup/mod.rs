@@ -58,6 +58,8 @@ pub use self::store::{
 };
 #[cfg(feature = "durable")]
 pub use self::store::{Durability, DurableStore};
+#[cfg(feature = "postgres")]
+pub use self::store::{PostgresStore, PostgresStoreBuilder};
 #[cfg(feature = "redis")]
 pub use self::store::{RedisStore, RedisStoreBuilder};
 pub use self::suspects::Suspects;

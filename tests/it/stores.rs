@@ -8,6 +8,8 @@ mod memory;
 #[cfg(feature = "nats")]
 mod nats_kv;
 mod near;
+#[cfg(feature = "postgres")]
+mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
 mod swap;

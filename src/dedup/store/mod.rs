@@ -6,6 +6,8 @@ mod memory;
 #[cfg(feature = "nats")]
 pub mod nats_kv;
 mod near;
+#[cfg(feature = "postgres")]
+mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
 mod url;
@@ -22,6 +24,8 @@ pub use self::memory::MemoryStore;
 #[cfg(feature = "nats")]
 pub use self::nats_kv::NatsKvStore;
 pub use self::near::NearCache;
+#[cfg(feature = "postgres")]
+pub use self::postgres::{PostgresStore, PostgresStoreBuilder};
 #[cfg(feature = "redis")]
 pub use self::redis::{RedisStore, RedisStoreBuilder};
 pub use self::url::connect;
