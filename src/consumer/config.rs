@@ -20,7 +20,7 @@ const MOST_DELAYS: u32 = 12;
 pub(crate) struct QueueConfig {
     pub(crate) spec: QueueSpec,
     pub(crate) scope: Option<String>,
-    pub(crate) store: Option<Arc<dyn DedupStore>>,
+    pub(crate) store: StoreChoice,
     pub(crate) dedup: DedupConfig,
     pub(crate) backoff: Backoff,
     pub(crate) retry_policy: Option<Arc<OwnPolicy>>,
@@ -32,6 +32,16 @@ pub(crate) struct QueueConfig {
     /// The hold steps are the user's, not ours to add to.
     pub(crate) own_holds: bool,
     pub(crate) observer: Option<Arc<dyn Observer>>,
+}
+
+/// Which store a queue uses.
+#[derive(Clone)]
+pub(crate) enum StoreChoice {
+    /// The consumer's.
+    Default,
+    Given(Arc<dyn DedupStore>),
+    /// The one at this URL, which may hold a password.
+    At(String),
 }
 
 /// The settings of dedup, before there is a store and a scope. Changes are kept as a function
@@ -84,7 +94,7 @@ impl QueueConfig {
         Self {
             spec: QueueSpec::new(name),
             scope: None,
-            store: None,
+            store: StoreChoice::Default,
             dedup: DedupConfig::default(),
             backoff: Backoff::attempts(),
             retry_policy: None,
@@ -98,8 +108,20 @@ impl QueueConfig {
         }
     }
 
+    /// Where nobody has chosen one, the queue has one in memory for itself.
     pub(crate) fn store(&self) -> Arc<dyn DedupStore> {
-        self.store.clone().unwrap_or_else(|| Arc::new(MemoryStore::new()))
+        match &self.store {
+            StoreChoice::Given(store) => Arc::clone(store),
+            StoreChoice::Default | StoreChoice::At(_) => Arc::new(MemoryStore::new()),
+        }
+    }
+
+    /// Only a consumer connects: a store that nobody would connect to must not be replaced silently.
+    pub(crate) fn check_connected(&self) -> Result<(), ConfigError> {
+        match self.store {
+            StoreChoice::At(_) => Err(ConfigError::StoreUrl { queue: self.spec.name.clone() }),
+            StoreChoice::Default | StoreChoice::Given(_) => Ok(()),
+        }
     }
 
     /// Refuses what is unsafe, and warns of what is risky.
@@ -228,6 +250,14 @@ pub enum ConfigError {
         window: Duration,
         /// Its lease.
         lease: Duration,
+    },
+    /// A store is named by its URL, and nobody is there to connect to it.
+    #[error(
+        "queue `{queue}` names its store by URL, which only a `Consumer` connects to: use `.store(guestlist::dedup::connect(…).await?)`"
+    )]
+    StoreUrl {
+        /// The queue.
+        queue: String,
     },
     /// No hold step at all.
     #[error(

@@ -9,8 +9,8 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::due::due;
-use crate::failure::Plan;
 use crate::pipeline::OutsideDedup;
+use crate::settlement::Plan;
 use crate::{BoxError, Cause, Failure, FailureClass, Message, Outcome};
 
 /// Middleware that hands back what is not due. See the [module docs](super).

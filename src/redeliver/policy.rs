@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::broker::HoldSteps;
-use crate::{Backoff, Failure};
+use crate::{Backoff, Failure, FailureClass};
 
 /// What a policy of your own says about a failed attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +34,8 @@ pub(crate) type OwnPolicy = dyn Fn(&Failure, u32) -> Again + Send + Sync;
 impl Policy {
     /// The delay before the attempt after this one; `None`: there is to be none.
     pub(super) fn delay(&self, failure: &Failure, attempt: u32) -> Option<Duration> {
-        match self.own.as_ref().map_or(Again::Backoff, |own| own(failure, attempt)) {
+        let own = self.own.as_ref().filter(|_| failure.class() == FailureClass::Transient);
+        match own.map_or(Again::Backoff, |own| own(failure, attempt)) {
             Again::Backoff => Some(self.backoff_delay(attempt)),
             Again::After(delay) => Some(delay),
             Again::Never => None,

@@ -9,10 +9,9 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::policy::Policy;
-use crate::dedup::Release;
-use crate::failure::Plan;
 use crate::pipeline::OutsideDedup;
-use crate::{BoxError, Cause, Disposition, Failure, FailureClass, Message, Outcome};
+use crate::settlement;
+use crate::{BoxError, Cause, Failure, FailureClass, Message, Outcome};
 
 /// Middleware that plans when a failed delivery comes again. See the [module docs](super).
 #[derive(Clone, Debug)]
@@ -81,19 +80,12 @@ fn planned(mut failure: Failure, message: &Message, policy: &Policy) -> Failure 
     if failure.plan().is_some() {
         return failure;
     }
-    match failure.class() {
-        FailureClass::Transient => match policy.delay(&failure, message.attempt()) {
-            Some(after) => {
-                let release = Release::Failed { not_before: after };
-                failure.set_plan(Plan { disposition: Disposition::Requeue { after }, release });
-            }
-            None => failure.reclassify(FailureClass::Permanent, Cause::Permanent),
-        },
-        FailureClass::Deferred(after) => {
-            let release = Release::Deferred { not_before: after };
-            failure.set_plan(Plan { disposition: Disposition::Release { after }, release });
-        }
-        FailureClass::Permanent => {}
+    let Some(backoff) = policy.delay(&failure, message.attempt()) else {
+        failure.reclassify(FailureClass::Permanent, Cause::Permanent);
+        return failure;
+    };
+    if let Some(plan) = settlement::redelivery(failure.class(), backoff) {
+        failure.set_plan(plan);
     }
     failure
 }

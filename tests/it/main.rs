@@ -9,6 +9,8 @@ mod dedup_layer;
 #[cfg(any(feature = "amqp", feature = "nats"))]
 mod end_to_end;
 #[cfg(feature = "testing")]
+mod event_log;
+#[cfg(feature = "testing")]
 mod faults;
 #[cfg(feature = "testing")]
 mod handlers;
@@ -22,6 +24,8 @@ mod middleware;
 mod nats_broker;
 #[cfg(feature = "testing")]
 mod stopping;
+#[cfg(feature = "testing")]
+mod stores;
 #[cfg(feature = "testing")]
 mod strangers;
 #[cfg(feature = "testing")]
