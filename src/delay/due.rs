@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::{Span, SpanRelativeTo, Timestamp};
 
 use super::{DELIVER_AFTER, DELIVER_AT};
 use crate::Message;
@@ -84,7 +84,9 @@ fn length(text: &str) -> Result<Duration, NoTime> {
         return Ok(seconds.min(LONGEST * 2));
     }
     let why = "no length of time like 90s, 1h 30m, PT90S or 1.5";
-    let length: SignedDuration = text.parse().map_err(|_| no_time(DELIVER_AFTER, text, why))?;
+    let days = SpanRelativeTo::days_are_24_hours();
+    let length = text.parse::<Span>().and_then(|span| span.to_duration(days));
+    let length = length.map_err(|_| no_time(DELIVER_AFTER, text, why))?;
     // Some time ago, as it were: due.
     Ok(Duration::try_from(length).unwrap_or_default().min(LONGEST * 2))
 }
@@ -137,6 +139,8 @@ mod tests {
             (DELIVER_AFTER, "1h 30m", 5400.0),
             (DELIVER_AFTER, "PT1M30S", 90.0),
             (DELIVER_AFTER, "8760h", 31_536_000.0),
+            (DELIVER_AFTER, "300 days", 25_920_000.0),
+            (DELIVER_AFTER, "P1DT1S", 86_401.0),
             (DELIVER_AFTER, "-5s", 0.0),
         ] {
             let found = read(says(header, value)).unwrap().unwrap();
@@ -159,6 +163,7 @@ mod tests {
             (DELIVER_AFTER, "inf"),
             (DELIVER_AFTER, "1e9"),
             (DELIVER_AFTER, "400 days"),
+            (DELIVER_AFTER, "1 month"),
             (DELIVER_AFTER, "9999999999999999999999"),
         ] {
             let error = read(says(header, value)).unwrap_err();
