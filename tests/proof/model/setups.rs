@@ -59,11 +59,16 @@ const STOPS: &[Fault] = &[Fault::Interruption];
 const OUTCOMES: &[Handled] = &[Handled::Well, Handled::Transient, Handled::Permanent];
 const DEFERS: &[Handled] = &[Handled::Well, Handled::Transient, Handled::Deferred];
 
+/// Those of two ids are left out of a build without optimization.
 pub(super) fn all(size: Size) -> Vec<Setup> {
-    [Broker::JetStream, Broker::Amqp].into_iter().flat_map(|broker| on(broker, size)).collect()
+    let brokers = [Broker::JetStream, Broker::Amqp].into_iter();
+    brokers
+        .flat_map(|broker| on(broker, size))
+        .filter(|setup| size > Size::Small || setup.keys == 1)
+        .collect()
 }
 
-/// Their names, and how many faults each has in the three sizes.
+/// The models on one broker, each with its number of faults in the three sizes.
 fn on(broker: Broker, size: Size) -> Vec<Setup> {
     let faults = |faults: [u8; 3]| faults[size as usize];
     let copies = Setup { broker, copies: 2, kinds: ALL, handled: OUTCOMES, ..Setup::PLAIN };
@@ -72,7 +77,7 @@ fn on(broker: Broker, size: Size) -> Vec<Setup> {
     let pair: &[u8] = if size == Size::Large { &[0, 0, 1] } else { &[0, 0] };
     let suspects = Setup { processes: pair, keys: 2, kinds: &[Fault::Crash, Fault::Pause], ..single };
     vec![
-        Setup { name: "copies", faults: faults([0, 2, 3]), reaches: reached(size), ..copies },
+        Setup { name: "copies", faults: faults([0, 2, 2]), reaches: reached(size), ..copies },
         Setup {
             name: "one message",
             faults: faults([1, 2, 3]),
