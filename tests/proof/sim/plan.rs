@@ -8,6 +8,8 @@ use super::rng::Rng;
 
 pub(super) const MILLI: Duration = Duration::from_millis(1);
 pub(super) const SECOND: Duration = Duration::from_secs(1);
+/// The longest.
+pub(super) const BACKOFF: Duration = Duration::from_secs(30);
 pub(super) const MINUTE: Duration = Duration::from_secs(60);
 
 /// How the broker keeps what is delayed, and what it does with what is not settled.
@@ -116,6 +118,12 @@ impl Plan {
         let ids = rng.between(2, 7);
         plan.stories = (0..ids).map(|_| plan.story(&rng)).collect();
         plan
+    }
+
+    /// I9: with store and broker up, an id that is not done runs again within its lease, for as long as a
+    /// delivery may have been handed back meanwhile, and the longest backoff or deferral.
+    pub(super) fn patience(&self) -> Duration {
+        2 * self.lease + BACKOFF + 10 * SECOND
     }
 
     fn story(&self, rng: &Rng) -> Story {

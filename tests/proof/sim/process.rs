@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::pending;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::broker::SimBroker;
 use super::handler;
 use super::log::Fault;
-use super::plan::{MILLI, SECOND};
+use super::plan::{BACKOFF, MILLI, SECOND};
 use super::store::SimStore;
 use super::world::{DEAD, ORDERS, World};
 
@@ -31,6 +31,8 @@ pub(super) struct Process {
     cut_off_until: Mutex<Instant>,
     abort: Mutex<Option<AbortHandle>>,
     deliveries: Mutex<BTreeMap<u64, Known>>,
+    /// How many suspects run in it.
+    pub(super) suspects: AtomicUsize,
 }
 
 /// What its own events told of a delivery.
@@ -53,6 +55,7 @@ impl Process {
             cut_off_until: Mutex::new(Instant::now()),
             abort: Mutex::default(),
             deliveries: Mutex::default(),
+            suspects: AtomicUsize::new(0),
         });
         world.log.step("process starts", number as u64);
         world.log.mark(number, Marker::ProcessStarted);
@@ -72,7 +75,7 @@ impl Process {
             .tries(plan.tries)
             .concurrency(plan.concurrency)
             .pause_hold(plan.pause_hold)
-            .backoff(Backoff::new(SECOND, 4, 30 * SECOND))
+            .backoff(Backoff::new(SECOND, 4, BACKOFF))
             .on_store_failure(plan.policy)
             .suspects(Suspects::new())
             .observer(Arc::new(Eye(Arc::clone(self))))

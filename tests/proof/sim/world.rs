@@ -40,6 +40,10 @@ pub(super) struct World {
     numbers: AtomicUsize,
     calm: AtomicBool,
     over: AtomicBool,
+    given_up: AtomicBool,
+    /// From here on, the last late request has arrived.
+    calm_since: Mutex<Instant>,
+    longest_idle: Mutex<Duration>,
 }
 
 /// What is left of a run.
@@ -49,6 +53,7 @@ pub(super) struct Outcome {
     pub(super) faults: BTreeMap<Fault, u64>,
     pub(super) violations: Vec<String>,
     pub(super) rested_after: Duration,
+    pub(super) longest_idle: Duration,
     pub(super) report: Report,
     pub(super) text: Box<dyn Fn() -> (String, String)>,
 }
@@ -76,6 +81,9 @@ async fn run(plan: Plan, rule: Rule) -> Outcome {
         numbers: AtomicUsize::new(0),
         calm: AtomicBool::new(false),
         over: AtomicBool::new(false),
+        given_up: AtomicBool::new(false),
+        calm_since: Mutex::new(Instant::now()),
+        longest_idle: Mutex::default(),
         plan,
     });
     let mut places = JoinSet::new();
@@ -105,9 +113,9 @@ async fn run(plan: Plan, rule: Rule) -> Outcome {
     let report = checker(&world.plan).check(&world.log.checked());
     judge(&world, &report);
     let (faults, violations) = (world.log.faults(), world.truth.violations());
-    let plan = world.plan.clone();
+    let (plan, longest_idle) = (world.plan.clone(), *world.longest_idle.lock().unwrap());
     let text = Box::new(move || (world.log.fault_list(), world.log.whole()));
-    Outcome { plan, sums, faults, violations, rested_after, report, text }
+    Outcome { plan, sums, faults, violations, rested_after, longest_idle, report, text }
 }
 
 fn checker(plan: &Plan) -> Checker {
@@ -304,6 +312,7 @@ impl World {
     fn calm_down(&self) {
         self.log.step("calm", 0);
         self.calm.store(true, Ordering::Relaxed);
+        *self.calm_since.lock().unwrap() = Instant::now() + 3 * self.plan.lease;
         self.records.go_down_until(Instant::now());
         self.log.mark(0, Marker::StoreBack);
         self.broker.go_down_until(Instant::now());
@@ -311,13 +320,25 @@ impl World {
     }
 
     async fn rests(&self) -> bool {
-        timeout(REST, async {
-            while !self.broker.is_empty() {
-                sleep(SECOND / 4).await;
+        let give_up_at = Instant::now() + REST;
+        while !self.broker.is_empty() {
+            if Instant::now() >= give_up_at {
+                return false;
             }
-        })
-        .await
-        .is_ok()
+            sleep(SECOND / 4).await;
+            self.notice_idleness();
+        }
+        true
+    }
+
+    fn notice_idleness(&self) {
+        let since = self.truth.idle_since().map(|since| since.max(*self.calm_since.lock().unwrap()));
+        let idle = since.map_or(Duration::ZERO, |since| Instant::now().saturating_duration_since(since));
+        let mut longest = self.longest_idle.lock().unwrap();
+        *longest = (*longest).max(idle);
+        if idle > self.plan.patience() && !self.given_up.swap(true, Ordering::Relaxed) {
+            self.truth.violated(format!("I9: nothing has happened for {idle:?}"));
+        }
     }
 
     /// I4: each dead letter runs when it is sent back to work.
