@@ -278,7 +278,11 @@ impl Truth {
             (State::Released { .. }, Op::Release(
                 _,
                 Release::Failed { not_before } | Release::Deferred { not_before },
-            )) if effect.is_none() => truth.pause = Some((Instant::now() + *not_before, record.generation)),
+            )) if effect.is_none() => {
+                // A store counts microseconds.
+                let micros = u64::try_from(not_before.as_micros()).unwrap_or(u64::MAX);
+                truth.pause = Some((Instant::now() + Duration::from_micros(micros), record.generation));
+            }
             (State::Released { .. } | State::Parked, Op::Release(run, why)) if effect.is_some() => {
                 self.violated(format!("I5: m{id} succeeded and was given up as {why:?} by {run:?}"));
             }
