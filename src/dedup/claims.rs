@@ -285,7 +285,7 @@ impl Claims {
         };
         match held {
             Some(Held::Yes) => {
-                self.events.emit(&lease.message, Some(lease.holder()), EventKind::Released(why))
+                self.events.emit(&lease.message, Some(lease.holder()), EventKind::Released(why));
             }
             // The store lost the record; the delivery may still end as planned.
             Some(Held::Gone) => self.forgotten(lease),

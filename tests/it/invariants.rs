@@ -738,6 +738,8 @@ async fn i13_lost_records_lead_to_runs_and_suppress_nothing() {
         assert!((5..10).all(|number| runs(number) == 1));
         assert_eq!(lab.depth(), 0);
         process.stop().await.unwrap();
+        let report = lab.check();
+        assert_eq!(report.extra(Reason::RecordLost), 5 * (expected - 1), "{report}");
     }
 }
 
@@ -886,6 +888,12 @@ async fn i16_no_payload_header_value_or_raw_id_in_debug_events_logs_or_dead_lett
     assert!(text.contains("guestlist.delivery") && text.contains("undecodable"), "the log is on: {text}");
     assert_discreet("the log", &text);
     assert_discreet("an event", &format!("{:?}", lab.log.events()));
+    let lines = lab.log.log().to_lines();
+    assert_discreet("the log of events", &lines);
+    for run in lab.log.events().iter().filter_map(|event| event.run) {
+        let token = format!("{:?}", run.token);
+        assert!(!text.contains(&token) && !lines.contains(&token), "a token proves ownership");
+    }
     assert_discreet("the broker", &format!("{:?}", lab.broker));
     for letter in lab.broker.messages(DEAD).unwrap() {
         assert_discreet("a message", &format!("{letter:?}"));

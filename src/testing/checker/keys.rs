@@ -115,10 +115,10 @@ impl Judge<'_> {
             self.broken(Invariant::BoundedRetry, Some(key), what, &entries);
             return;
         }
-        let (least, most) = attempts_after(last, next);
+        let (fewest, most) = attempts_after(last, next);
         let most = most.saturating_add(told.silent);
-        if !(least..=most).contains(&next.attempt) {
-            let what = format!("attempt {} after attempt {}: {least} was next", next.attempt, last.attempt);
+        if !(fewest..=most).contains(&next.attempt) {
+            let what = format!("attempt {} after attempt {}: {fewest} was next", next.attempt, last.attempt);
             self.broken(Invariant::BoundedRetry, Some(key), what, &[last.begun, last.last, next.begun]);
         }
     }
@@ -192,19 +192,16 @@ impl Judge<'_> {
 
     fn no_duplicate(&mut self, key: DedupKey, told: &Key, duplicate: At) {
         let holds = |run: &&Run| run.begun < duplicate && run.end().is_none_or(|end| end > duplicate);
-        match told.runs.iter().find(holds) {
-            Some(holder) => {
-                let what = "taken for a duplicate while another delivery was still at it";
-                self.broken(Invariant::InProgressNeverAcked, Some(key), what, &[holder.begun, duplicate]);
-            }
-            None => {
-                let what = "taken for a duplicate, and no handler had succeeded";
-                let last = told.runs.iter().rfind(|run| run.begun < duplicate);
-                let entries: Vec<At> =
-                    last.map(|run| [run.begun, run.last]).into_iter().flatten().chain([duplicate]).collect();
-                self.broken(Invariant::FailureNeverMarks, Some(key), what, &entries);
-            }
+        if let Some(holder) = told.runs.iter().find(holds) {
+            let what = "taken for a duplicate while another delivery was still at it";
+            self.broken(Invariant::InProgressNeverAcked, Some(key), what, &[holder.begun, duplicate]);
+            return;
         }
+        let what = "taken for a duplicate, and no handler had succeeded";
+        let last = told.runs.iter().rfind(|run| run.begun < duplicate);
+        let entries: Vec<At> =
+            last.map(|run| [run.begun, run.last]).into_iter().flatten().chain([duplicate]).collect();
+        self.broken(Invariant::FailureNeverMarks, Some(key), what, &entries);
     }
 
     fn same_body(&mut self, key: DedupKey, ran: &[&Run], duplicate: At) {

@@ -318,7 +318,7 @@ fn event_name(kind: EventKind) -> &'static str {
     }
 }
 
-fn name_of<T: PartialEq>(words: &'static [(&'static str, T)], value: T) -> &'static str {
+fn name_of<T: Copy + PartialEq>(words: &'static [(&'static str, T)], value: T) -> &'static str {
     words.iter().find(|(_, known)| *known == value).map_or("", |(name, _)| name)
 }
 

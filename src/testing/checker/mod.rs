@@ -22,10 +22,12 @@
 //! # async fn main() -> guestlist::Result {
 //! let (broker, recorder) = (MemoryBroker::new(), Recorder::new());
 //! broker.declare("orders");
+//! broker.declare("orders.dead");
 //! broker.send("orders", Message::builder("{}").transport_id("order-1")).unwrap();
 //! broker.send("orders", Message::builder("{}").transport_id("order-1")).unwrap();
 //!
-//! let queue = Queue::new("orders").observer(recorder.observer()).handler(async |Attempt(attempt): Attempt| {
+//! let queue = Queue::new("orders").dead_letter("orders.dead").observer(recorder.observer());
+//! let queue = queue.handler(async |Attempt(attempt): Attempt| {
 //!     if attempt == 1 { Err("not yet".into()) } else { Ok(()) }
 //! });
 //! let stop = CancellationToken::new();
@@ -82,7 +84,7 @@ use crate::{DedupKey, EventKind, defaults};
 
 /// Checks logs. Its settings are those of the queue whose log it is; they begin as a queue's do.
 /// See the [module docs](self) for an example.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Checker {
     lease: Duration,
     window: Duration,

@@ -143,7 +143,8 @@ impl Judge<'_> {
     /// The last of these holders that has no end.
     fn vanished(&self, runs: &[Run]) -> Option<Found> {
         let holder = runs.iter().rfind(|run| !run.ended())?;
-        let death = self.story.death(holder.last, self.slack());
+        // A process that is killed only in play may go on to notice that its lease is over.
+        let death = self.story.death(holder.active, self.slack());
         Some(match (holder.gap, death, holder.lost) {
             (Some(gap), ..) => (
                 Reason::Gap,

@@ -62,6 +62,15 @@ fn a_process_that_was_killed_is_why_its_run_is_repeated() {
 }
 
 #[test]
+fn a_process_that_is_killed_in_play_may_notice_its_lost_lease() {
+    let mut tape = Tape::new();
+    tape.arrives("a", 1).claims(Before::First, 1, 1).says(EventKind::Started);
+    tape.mark("a", Marker::ProcessKilled).after(LEASE).says(EventKind::LeaseLost);
+    tape.arrives("b", 1).handles(Before::Vanished, 2, 2);
+    assert_eq!(tape.reason(), Reason::Crashed);
+}
+
+#[test]
 fn a_lease_that_ran_out_is_why_its_run_is_repeated() {
     for lost in [true, false] {
         let mut tape = Tape::new();

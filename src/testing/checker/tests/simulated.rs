@@ -80,6 +80,12 @@ impl World {
         Machine::at(self.tape.now)
     }
 
+    fn all(&mut self, happenings: &[Happening]) {
+        for happening in happenings {
+            self.happens(*happening);
+        }
+    }
+
     fn happens(&mut self, happening: Happening) {
         // No two things happen at once: their order by time is their order.
         self.tape.after(1000);
@@ -98,7 +104,9 @@ impl World {
             Happening::Redriven => {
                 self.generation = self.record.map_or(self.generation, |record| record.generation) + 1;
             }
-            Happening::Passed(seconds) => drop(self.tape.after(seconds * SECOND)),
+            Happening::Passed(seconds) => {
+                self.tape.after(seconds * SECOND);
+            }
         }
     }
 
@@ -125,8 +133,12 @@ impl World {
                     before,
                 );
             }
-            Claim::Done { .. } => drop(self.tape.is_duplicate()),
-            Claim::InProgress { .. } if self.fault == Fault::BusyIsDone => drop(self.tape.is_duplicate()),
+            Claim::Done { .. } => {
+                self.tape.is_duplicate();
+            }
+            Claim::InProgress { .. } if self.fault == Fault::BusyIsDone => {
+                self.tape.is_duplicate();
+            }
             Claim::Parked { .. } => {
                 let acked = EventKind::Acked(Outcome::DeadLettered(Cause::Parked));
                 self.tape.all(&[EventKind::Copied, acked]);
@@ -170,8 +182,12 @@ impl World {
                 holding.until = self.tape.now + LEASE;
                 self.tape.renews();
             }
-            Held::Gone => drop(self.tape.says(EventKind::Forgotten)),
-            Held::Lost => drop(self.tape.says(EventKind::LeaseLost)),
+            Held::Gone => {
+                self.tape.says(EventKind::Forgotten);
+            }
+            Held::Lost => {
+                self.tape.says(EventKind::LeaseLost);
+            }
         }
         if held == Held::Lost {
             self.tape.says(EventKind::Failed(Cause::LeaseLost));
@@ -215,7 +231,9 @@ impl World {
         let (record, held) = self.machine().complete(self.record, self.as_asked(holding), micros(HOUR));
         self.record = record;
         match held {
-            Held::Yes => drop(self.tape.says(EventKind::Completed)),
+            Held::Yes => {
+                self.tape.says(EventKind::Completed);
+            }
             Held::Gone if self.tape.now < holding.until => {
                 self.tape.all(&[EventKind::Forgotten, EventKind::Completed]);
             }
@@ -289,7 +307,7 @@ fn happening() -> impl Strategy<Value = Happening> {
 
 fn play(fault: Fault, happenings: &[Happening]) -> Report {
     let mut world = World::new(fault);
-    happenings.iter().for_each(|happening| world.happens(*happening));
+    world.all(happenings);
     let Tape { log, .. } = &world.tape;
     Checker::new().one_clock().check(log)
 }
@@ -309,7 +327,7 @@ proptest! {
         happenings in prop::collection::vec(happening(), 0..60)
     ) {
         let mut world = World::new(Fault::None);
-        happenings.iter().for_each(|happening| world.happens(*happening));
+        world.all(&happenings);
         let of = |process: &str| {
             let entries = world.tape.log.entries().iter().filter(|entry| *entry.process == *process);
             Log::from(entries.cloned().collect::<Vec<_>>())
