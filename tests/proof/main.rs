@@ -1,3 +1,3 @@
-//! Proofs by machine: what no list of cases would come upon.
+//! Proofs of the promises, on the crate's own protocol and settlement rules. See `docs/proof.md`.
 
 mod sim;

@@ -38,7 +38,7 @@ pub(super) struct Process {
 /// What its own events told of a delivery.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Known {
-    pub(super) claim: Option<(Run, Instant)>,
+    pub(super) claim: Option<Run>,
     pub(super) ran: bool,
     pub(super) gap: bool,
 }
@@ -169,7 +169,7 @@ impl Process {
         let mut deliveries = self.deliveries.lock().unwrap();
         let known = deliveries.entry(event.delivery).or_default();
         match event.kind {
-            EventKind::Claimed(_) => known.claim = event.run.map(|run| (run, event.at)),
+            EventKind::Claimed(_) => known.claim = event.run,
             EventKind::Ran => known.ran = true,
             EventKind::Gap => known.gap = true,
             _ => {}
@@ -188,8 +188,8 @@ impl Observer for Eye {
         }
         process.world.log.event(process.number, event);
         process.learn(event);
-        if let (EventKind::Claimed(_), Some(run)) = (event.kind, event.run) {
-            process.world.truth.heard(run);
+        if let (EventKind::Claimed(_), Some(key), Some(run)) = (event.kind, event.key, event.run) {
+            process.world.truth.heard(&key, run);
         }
         if process.world.strikes(process.world.plan.rates.crash) {
             process.world.log.fault(Some(process.number), "crash at an event");

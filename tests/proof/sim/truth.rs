@@ -71,13 +71,15 @@ struct Effect {
 pub(super) struct Truth {
     keys: Vec<DedupKey>,
     ids: Mutex<Vec<Id>>,
-    /// Claims that the store granted and no process has logged: the answer was lost for good, or the request
-    /// came when nobody waited for it any more.
+    /// Claims that the store granted and no process has logged, or too late: the answer was lost for good, the
+    /// request came when nobody waited for it any more, or the record was lost before it was heard of.
     unheard: Mutex<BTreeMap<u128, usize>>,
     violations: Mutex<Vec<String>>,
     crashed: Mutex<BTreeSet<usize>>,
     /// Until when each claim would hold by our rules: renewed whenever its holder asked.
     leases: Mutex<BTreeMap<u128, Instant>>,
+    /// When the store granted each claim; heard of later, if at all.
+    granted: Mutex<BTreeMap<u128, Instant>>,
     unexplained: Mutex<u64>,
     running: AtomicUsize,
     /// When something last happened.
@@ -123,6 +125,7 @@ impl Truth {
             violations: Mutex::default(),
             crashed: Mutex::default(),
             leases: Mutex::default(),
+            granted: Mutex::default(),
             unexplained: Mutex::default(),
             running: AtomicUsize::new(0),
             stirred: Mutex::new(Instant::now()),
@@ -160,6 +163,8 @@ impl Truth {
         let world = &process.world;
         let id = number(message);
         let run = process.knows(message.delivery_number()).claim;
+        let granted = |run: Run| self.granted.lock().unwrap().get(&run.token.bits()).copied();
+        let claimed = run.and_then(granted).unwrap_or_else(Instant::now);
         let record = world.records.peek(&self.keys[id]);
         let attempt = message.attempt();
         world.log.handler(process.number, id, attempt, "starts");
@@ -167,8 +172,8 @@ impl Truth {
         let truth = &mut ids[id];
         let number = truth.runs;
         truth.runs += 1;
-        if let Some((run, at)) = run {
-            let forgotten = truth.lost_at.is_some_and(|lost| lost >= at);
+        if let Some(run) = run {
+            let forgotten = truth.lost_at.is_some_and(|lost| lost >= claimed);
             if !forgotten && !is_held(record, run, world) {
                 self.violated(format!("I2: m{id} starts in p{} without its claim: {record:?}", process.number));
             }
@@ -181,7 +186,6 @@ impl Truth {
         } else if world.plan.policy == guestlist::dedup::StorePolicy::Pause {
             self.violated(format!("I7: m{id} starts in p{} without a claim", process.number));
         }
-        let claimed = run.map_or_else(Instant::now, |(_, at)| at);
         let suspect = run.is_some() && record.is_some_and(|record| record.suspect);
         if suspect && process.suspects.fetch_add(1, Ordering::Relaxed) > 0 {
             self.violated(format!("F26: m{id} is a suspect, and starts beside another one in p{}", process.number));
@@ -189,7 +193,7 @@ impl Truth {
         self.running.fetch_add(1, Ordering::Relaxed);
         self.stirred();
         let process = Arc::clone(process);
-        Started { id, attempt, number, run: run.map(|(run, _)| run), claimed, process, suspect }
+        Started { id, attempt, number, run, claimed, process, suspect }
     }
 
     pub(super) fn succeeds(&self, process: &Process, run: &Started) {
@@ -228,8 +232,14 @@ impl Truth {
         self.crashed.lock().unwrap().insert(process);
     }
 
-    pub(super) fn heard(&self, run: Run) {
-        self.unheard.lock().unwrap().remove(&run.token.bits());
+    /// A process logs a claim: late, if its record was lost meanwhile.
+    pub(super) fn heard(&self, key: &DedupKey, run: Run) {
+        let token = run.token.bits();
+        let granted = self.granted.lock().unwrap().get(&token).copied();
+        let lost = self.id_of(key).and_then(|id| self.ids()[id].lost_at);
+        if lost.is_none_or(|lost| granted.is_some_and(|granted| lost < granted)) {
+            self.unheard.lock().unwrap().remove(&token);
+        }
     }
 
     /// Whether somebody held this id of whom no log tells.
@@ -266,6 +276,7 @@ impl Truth {
             && old.is_none_or(|old| old.run.token != ask.token)
         {
             self.unheard.lock().unwrap().insert(token, id);
+            self.granted.lock().unwrap().insert(token, Instant::now());
         }
         match (record.state, op) {
             (State::Done, _) => {
