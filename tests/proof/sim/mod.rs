@@ -75,7 +75,10 @@ impl Tally {
         println!("{} events; {} runs of handlers; extra ones:", self.entries, self.runs);
         self.extra.iter().for_each(|(reason, count)| println!("{count:>10}  {reason}"));
         println!("{:?}", self.sums);
-        println!("after the last fault: idle for {:?} at most, at rest after {:?} at the latest", self.longest_idle, self.longest_rest);
+        println!(
+            "after the last fault: idle for {:?} at most, at rest after {:?} at the latest",
+            self.longest_idle, self.longest_rest
+        );
     }
 }
 
@@ -136,13 +139,18 @@ fn the_same_seed_has_the_same_history() {
 /// Thousands of seeds: no promise is broken, and everything comes to rest.
 #[test]
 fn every_seed_keeps_the_promises() {
-    let (first, count) = (setting("GUESTLIST_FIRST_SEED").unwrap_or(0), setting("GUESTLIST_SEEDS").unwrap_or(SEEDS));
+    let (first, count) =
+        (setting("GUESTLIST_FIRST_SEED").unwrap_or(0), setting("GUESTLIST_SEEDS").unwrap_or(SEEDS));
     let (tally, broken) = (Mutex::new(Tally::default()), Mutex::new(Vec::new()));
     let began = Instant::now();
     play_all(first, count, Rule::Ours, |outcome| {
         tally.lock().unwrap().add(outcome);
         if !outcome.violations.is_empty() {
-            println!("seed {}: {}", outcome.plan.seed, outcome.violations[0].lines().next().unwrap_or_default());
+            println!(
+                "seed {}: {}",
+                outcome.plan.seed,
+                outcome.violations[0].lines().next().unwrap_or_default()
+            );
             broken.lock().unwrap().push((outcome.plan.seed, told(outcome)));
         }
         broken.lock().unwrap().len() < 20
@@ -150,7 +158,10 @@ fn every_seed_keeps_the_promises() {
     tally.into_inner().unwrap().print(began.elapsed());
     let broken = broken.into_inner().unwrap();
     if let Some((_, story)) = broken.iter().min_by_key(|(seed, _)| seed) {
-        panic!("{story}\nseeds that break a promise: {:?}", broken.iter().map(|(seed, _)| seed).collect::<Vec<_>>());
+        panic!(
+            "{story}\nseeds that break a promise: {:?}",
+            broken.iter().map(|(seed, _)| seed).collect::<Vec<_>>()
+        );
     }
 }
 
@@ -161,7 +172,9 @@ fn every_broken_rule_is_noticed() {
     for broken in Broken::ALL {
         let noticed = (0..SOON).find_map(|seed| {
             let outcome = play(seed, Rule::Broken(broken));
-            let what = outcome.violations.first()?.lines().find(|line| !line.contains("NOT clean") && !line.contains("extra runs, ") && !line.contains(" ids, "))?;
+            let what = outcome.violations.first()?.lines().find(|line| {
+                !line.contains("NOT clean") && !line.contains("extra runs, ") && !line.contains(" ids, ")
+            })?;
             Some((seed, what.chars().take(120).collect::<String>()))
         });
         match noticed {

@@ -147,10 +147,11 @@ impl Plan {
         };
         // Without a store that outlives it, nobody would know a poison; without an end, a
         // handler that defers goes on for ever. Both are said in the docs.
-        let endless = !(self.in_process && ending == Ending::Crash) && !matches!(ending, Ending::Defer(_));
+        let forgotten = self.in_process && ending == Ending::Crash;
+        let ends = forgotten || matches!(ending, Ending::Defer(_));
         let times = rng.between(1, 3);
         let mut steps: Vec<Step> = (0..times).map(|_| self.step(rng, ending)).collect();
-        if !(endless && rng.chance(300)) {
+        if ends || !rng.chance(300) {
             steps.push(self.step(rng, Ending::Ok));
         }
         steps

@@ -9,13 +9,11 @@ use std::time::Duration;
 use guestlist::dedup::Suspects;
 use guestlist::dedup::protocol::Run;
 use guestlist::testing::checker::Marker;
-use guestlist::{
-    Backoff, CancellationToken, Consumer, Error, Event, EventKind, Observer, Queue,
-};
+use guestlist::{Backoff, CancellationToken, Consumer, Error, Event, EventKind, Observer, Queue};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::broker::SimBroker;
+use super::broker::{Hub, SimBroker};
 use super::handler;
 use super::log::Fault;
 use super::plan::{BACKOFF, MILLI, SECOND};
@@ -101,7 +99,7 @@ impl Process {
         }
         self.world.truth.crashed(self.number);
         self.world.log.mark(self.number, Marker::ProcessKilled);
-        self.world.broker.lose_sight_of(&self.world, self.number);
+        Hub::lose_sight_of(&self.world, self.number);
         if self.world.plan.in_process {
             self.world.lose_all_records(Some(self.number));
         }

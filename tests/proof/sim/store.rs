@@ -106,7 +106,12 @@ impl SimStore {
     }
 
     /// As [`apply`](Self::apply), some time later, whether or not anybody still waits for it.
-    fn apply_later(&self, key: &DedupKey, op: Op, delay: Duration) -> tokio::task::JoinHandle<Option<Answer>> {
+    fn apply_later(
+        &self,
+        key: &DedupKey,
+        op: Op,
+        delay: Duration,
+    ) -> tokio::task::JoinHandle<Option<Answer>> {
         let (road, key) = (self.clone(), *key);
         tokio::spawn(async move {
             sleep(delay).await;
@@ -138,7 +143,11 @@ impl SimStore {
             Some(2) => {
                 say("store: late");
                 let delay = world.rng.duration(MILLI, most);
-                self.apply_later(key, op, delay).await.ok().flatten().ok_or_else(|| StoreError::new("the connection broke"))?
+                self.apply_later(key, op, delay)
+                    .await
+                    .ok()
+                    .flatten()
+                    .ok_or_else(|| StoreError::new("the connection broke"))?
             }
             Some(3) => {
                 say("store: request delivered twice");

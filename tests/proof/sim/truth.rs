@@ -175,9 +175,15 @@ impl Truth {
         if let Some(run) = run {
             let forgotten = truth.lost_at.is_some_and(|lost| lost >= claimed);
             if !forgotten && !is_held(record, run, world) {
-                self.violated(format!("I2: m{id} starts in p{} without its claim: {record:?}", process.number));
+                self.violated(format!(
+                    "I2: m{id} starts in p{} without its claim: {record:?}",
+                    process.number
+                ));
             }
-            if truth.pause.is_some_and(|(until, of)| !forgotten && of == message.generation() && Instant::now() < until) {
+            if truth
+                .pause
+                .is_some_and(|(until, of)| !forgotten && of == message.generation() && Instant::now() < until)
+            {
                 self.violated(format!("I8: m{id} starts before its backoff is over"));
             }
             if attempt > world.plan.max_attempts {
@@ -188,7 +194,10 @@ impl Truth {
         }
         let suspect = run.is_some() && record.is_some_and(|record| record.suspect);
         if suspect && process.suspects.fetch_add(1, Ordering::Relaxed) > 0 {
-            self.violated(format!("F26: m{id} is a suspect, and starts beside another one in p{}", process.number));
+            self.violated(format!(
+                "F26: m{id} is a suspect, and starts beside another one in p{}",
+                process.number
+            ));
         }
         self.running.fetch_add(1, Ordering::Relaxed);
         self.stirred();
@@ -249,13 +258,7 @@ impl Truth {
     }
 
     /// I4, I5: done only by a run that succeeded; what succeeded is never given up.
-    pub(super) fn applied(
-        &self,
-        key: &DedupKey,
-        op: &Op,
-        old: Option<Record>,
-        new: Option<Record>,
-    ) {
+    pub(super) fn applied(&self, key: &DedupKey, op: &Op, old: Option<Record>, new: Option<Record>) {
         let Some(id) = self.id_of(key) else {
             return self.violated("a call for a key that nobody sent".to_owned());
         };
@@ -286,10 +289,10 @@ impl Truth {
                 }
                 truth.ever_done = true;
             }
-            (State::Released { .. }, Op::Release(
-                _,
-                Release::Failed { not_before } | Release::Deferred { not_before },
-            )) if effect.is_none() => {
+            (
+                State::Released { .. },
+                Op::Release(_, Release::Failed { not_before } | Release::Deferred { not_before }),
+            ) if effect.is_none() => {
                 // A store counts microseconds.
                 let micros = u64::try_from(not_before.as_micros()).unwrap_or(u64::MAX);
                 truth.pause = Some((Instant::now() + Duration::from_micros(micros), record.generation));
@@ -327,7 +330,8 @@ impl Truth {
         let unrecorded = known.gap || (known.claim.is_none() && known.ran);
         if !(truth.ever_done
             || truth.lettered.contains(&message.generation())
-            || unrecorded && !truth.effects.is_empty()) {
+            || unrecorded && !truth.effects.is_empty())
+        {
             self.violated(format!("I1: m{id} is acked by p{} for no reason", process.number));
         }
     }

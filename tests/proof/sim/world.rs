@@ -5,17 +5,17 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use guestlist::{DedupKey, Message};
 use guestlist::dedup::StorePolicy;
 use guestlist::testing::checker::{Checker, Invariant, Marker, Report, Violation};
 use guestlist::testing::seed_randomness;
+use guestlist::{DedupKey, Message};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, advance, sleep, timeout};
 
 use super::broker::Hub;
 use super::log::{Fault, Log};
-use super::plan::{Kind, MILLI, MINUTE, Plan, SECOND};
 use super::panics::Panics;
+use super::plan::{Kind, MILLI, MINUTE, Plan, SECOND};
 use super::process::{Process, supervise};
 use super::rng::Rng;
 use super::rules::Rule;
@@ -64,7 +64,8 @@ pub(super) struct Outcome {
 /// Plays a seed, in a runtime of its own on this thread.
 pub(super) fn play(seed: u64, rule: Rule) -> Outcome {
     let _seeded = seed_randomness(seed);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     let listening = Panics::listen();
     let mut outcome = runtime.block_on(run(Plan::of(seed), rule));
     drop(runtime);
@@ -96,7 +97,9 @@ async fn run(plan: Plan, rule: Rule) -> Outcome {
     let mut around = JoinSet::new();
     around.spawn(Arc::clone(&world).send_all());
     around.spawn(Arc::clone(&world).suffer());
-    around.spawn(Arc::clone(&world).expire());
+    if world.plan.kind == Kind::JetStream {
+        around.spawn(Arc::clone(&world).expire());
+    }
     sleep(world.plan.span).await;
     world.calm_down();
     let since = Instant::now();
@@ -143,7 +146,8 @@ fn judge(world: &World, report: &Report) {
         matches!(violation.invariant, BoundedRetry | FailureNeverMarks | OneAtATime)
     };
     let unheard = |key: Option<DedupKey>| key.is_some_and(|key| world.truth.had_unheard_holder(&key));
-    let violations = report.violations.iter().filter(|violation| !(counted(violation) && unheard(violation.key)));
+    let violations =
+        report.violations.iter().filter(|violation| !(counted(violation) && unheard(violation.key)));
     let unexplained = report.unexplained().filter(|extra| !unheard(Some(extra.key)));
     if violations.count() + unexplained.count() > 0 {
         world.truth.violated(format!("checker: {report}"));
@@ -200,7 +204,7 @@ impl World {
     }
 
     async fn expire(self: Arc<Self>) {
-        while self.plan.kind == Kind::JetStream {
+        loop {
             sleep(SECOND / 2).await;
             self.broker.expire();
         }
@@ -261,10 +265,8 @@ impl World {
                 say("broker: connection lost");
                 self.broker.break_off_all_of(process.number);
             }
-            10 | 11 => {
-                if self.broker.redeliver_one(self.rng.below(100)) {
-                    self.log.fault(None, "broker: delivered again in mid-work");
-                }
+            10 | 11 if self.broker.redeliver_one(self.rng.below(100)) => {
+                self.log.fault(None, "broker: delivered again in mid-work");
             }
             12 if self.plan.rates.loses_records => self.lose_a_record(),
             13 if self.plan.rates.loses_records && self.rng.chance(300) => self.lose_all_records(None),
@@ -354,7 +356,9 @@ impl World {
     async fn redrive_all(&self) -> bool {
         for _ in 0..2 {
             let ids = self.truth.redrivable();
-            ids.iter().for_each(|id| self.redrive(*id));
+            for id in ids {
+                self.redrive(id);
+            }
             if !self.rests().await {
                 return false;
             }
