@@ -42,6 +42,9 @@ pub async fn connect(url: &str) -> Result<Arc<dyn DedupStore>, StoreError> {
         Some("file") => Err(absent("a folder of this machine", "durable")),
         Some("postgres" | "postgresql") => Err(absent("PostgreSQL", "postgres")),
         Some("nats" | "tls") => Err(absent("NATS", "nats")),
+        #[cfg(feature = "redis")]
+        Some(scheme) if is_redis(scheme) => Ok(Arc::new(super::RedisStore::connect(url).await?)),
+        #[cfg(not(feature = "redis"))]
         Some(scheme) if is_redis(scheme) => Err(absent("Redis", "redis")),
         // The rest of the URL may hold a password: only the scheme is shown.
         Some(scheme) => Err(StoreError::new(format!("no store speaks `{scheme}:`: use {SCHEMES}"))),
