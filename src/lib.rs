@@ -57,6 +57,7 @@ mod events;
 mod failure;
 mod handler;
 mod identity;
+pub mod inbox;
 mod message;
 mod pause;
 mod pipeline;

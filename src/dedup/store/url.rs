@@ -40,6 +40,9 @@ pub async fn connect(url: &str) -> Result<Arc<dyn DedupStore>, StoreError> {
     match url.split_once(':').map(|(scheme, _)| scheme) {
         Some("memory") => Ok(Arc::new(MemoryStore::new())),
         Some("file") => Err(absent("a folder of this machine", "durable")),
+        #[cfg(feature = "postgres")]
+        Some("postgres" | "postgresql") => Ok(Arc::new(super::PostgresStore::connect(url).await?)),
+        #[cfg(not(feature = "postgres"))]
         Some("postgres" | "postgresql") => Err(absent("PostgreSQL", "postgres")),
         Some("nats" | "tls") => Err(absent("NATS", "nats")),
         Some(scheme) if is_redis(scheme) => Err(absent("Redis", "redis")),

@@ -6,6 +6,7 @@ mod connections;
 mod error;
 mod lanes;
 mod names;
+mod sight;
 mod sweep;
 
 use std::fmt;
@@ -16,12 +17,21 @@ use sqlx::Row;
 
 pub use self::builder::PostgresStoreBuilder;
 use self::call::Call;
+pub(crate) use self::call::{NOW, hex_of as key_of, micros};
 use self::connections::Connections;
 use self::lanes::Lanes;
 use self::names::Names;
+pub(crate) use self::sight::Sighting;
 use super::{DedupStore, StoreError, StoreFeatures};
 use crate::DedupKey;
 use crate::dedup::protocol::{Ask, Claim, Held, Record, Release, Run};
+
+/// For how long a claim asks again for a record that another transaction holds: an inbox's takes moments, unless
+/// something is wrong with it.
+const CLAIM: Duration = Duration::from_millis(250);
+
+/// The same for whoever holds the claim. The layer's own deadline is sooner, as a rule.
+const HELD: Duration = Duration::from_secs(10);
 
 /// A store in a Postgres database, 12 or later. Cheap to clone; clones share connections.
 ///
@@ -114,19 +124,24 @@ impl PostgresStore {
         Ok(())
     }
 
+    /// A text in which `{schema}` and `{table}` stand for the names.
+    pub(crate) fn fill(&self, text: &str) -> String {
+        self.names.fill(text)
+    }
+
     async fn ask(&self, statement: String) -> Result<Vec<sqlx::postgres::PgRow>, StoreError> {
         self.connections.lend().run(statement).await.map_err(error::of)
     }
 
     async fn held(&self, call: Call) -> Result<Held, StoreError> {
-        self.lanes.step(call).await?.held()
+        self.lanes.step(call, HELD).await?.held()
     }
 }
 
 #[async_trait]
 impl DedupStore for PostgresStore {
     async fn claim(&self, key: &DedupKey, ask: &Ask) -> Result<Claim, StoreError> {
-        self.lanes.step(Call::claim(key, ask)).await?.claim()
+        self.lanes.step(Call::claim(key, ask), CLAIM).await?.claim()
     }
 
     async fn renew(&self, key: &DedupKey, run: Run, lease: Duration) -> Result<Held, StoreError> {
