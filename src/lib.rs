@@ -120,6 +120,9 @@ pub mod _docs {
     pub mod design {}
     #[doc = include_str!("../docs/stores/near_cache.md")]
     pub mod near_cache {}
+    #[doc = include_str!("../docs/stores/postgres.md")]
+    #[cfg(feature = "postgres")]
+    pub mod postgres {}
 }
 
 #[cfg(doctest)]

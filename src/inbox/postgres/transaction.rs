@@ -112,12 +112,12 @@ impl Slot {
     }
 
     fn put_back(&self, transaction: Transaction<'static, Postgres>) {
-        let rolled_back = self.change(|place| match place {
-            Place::Closed => Some(transaction),
-            _ => {
-                *place = Place::Here(transaction);
-                None
+        let rolled_back = self.change(|place| {
+            if matches!(place, Place::Closed) {
+                return Some(transaction);
             }
+            *place = Place::Here(transaction);
+            None
         });
         drop(rolled_back);
     }

@@ -85,6 +85,7 @@ use crate::{DedupKey, EventKind, defaults};
 /// Checks logs. Its settings are those of the queue whose log it is; they begin as a queue's do.
 /// See the [module docs](self) for an example.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "settings that do not depend on each other")]
 pub struct Checker {
     lease: Duration,
     window: Duration,

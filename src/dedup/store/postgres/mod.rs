@@ -41,13 +41,13 @@ const HELD: Duration = Duration::from_secs(10);
 /// # What it promises, and what not
 ///
 /// 1. What is confirmed is as durable as a commit on that server: see `synchronous_commit`, and what a
-///    failover to an asynchronous standby can lose, in the store's page, `docs/stores/postgres.md`.
+///    failover to an asynchronous standby can lose, in [the store's page](crate::_docs::postgres).
 ///    A lost record lets a copy run again; it suppresses nothing.
 /// 2. Records past their time are deleted by a task in the background, in small batches.
 /// 3. While all of its connections are busy, calls share statements, so that a burst costs few commits.
 /// 4. It works behind a pooler in transaction mode without a setting: it keeps no state in a session and
 ///    prepares no statement.
-/// 5. It does not make a handler's own effects happen once.
+/// 5. It does not make a handler's own effects happen once. The [inbox](crate::inbox) does, for effects in this database.
 ///
 /// ```no_run
 /// use guestlist::dedup::PostgresStore;
@@ -89,7 +89,8 @@ impl PostgresStore {
         PostgresStoreBuilder::of_url(url)
     }
 
-    /// Starts a store by the options of `sqlx`, which stands in this crate's public interface here: its major version is part of ours.
+    /// Starts a store by the options of `sqlx`, which stands in this crate's public interface here and in the
+    /// [inbox](crate::inbox): its major version is part of ours.
     pub fn builder_of(options: sqlx::postgres::PgConnectOptions) -> PostgresStoreBuilder {
         PostgresStoreBuilder::of_options(options)
     }
