@@ -58,6 +58,7 @@ mod events;
 mod failure;
 mod handler;
 mod identity;
+pub mod inbox;
 mod message;
 mod pause;
 mod pipeline;
@@ -120,6 +121,9 @@ pub mod _docs {
     pub mod design {}
     #[doc = include_str!("../docs/stores/near_cache.md")]
     pub mod near_cache {}
+    #[doc = include_str!("../docs/stores/postgres.md")]
+    #[cfg(feature = "postgres")]
+    pub mod postgres {}
 }
 
 #[cfg(doctest)]

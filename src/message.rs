@@ -327,6 +327,14 @@ impl Message {
         self
     }
 
+    /// The message as the handler of this try sees it.
+    pub(crate) fn lending(mut self, loan: Arc<dyn Any + Send + Sync>) -> Self {
+        if let Some(run) = &mut self.run {
+            run.lend(loan);
+        }
+        self
+    }
+
     pub(crate) fn count_attempt(&self, attempt: u32) {
         self.parts.attempt.store(attempt, Ordering::Relaxed);
     }

@@ -1,10 +1,11 @@
 //! The layers in their one right order.
 //!
-//! From the outside in: trace, `dead_letter`, redeliver, delay, dedup, (concurrency limit), retry, timeout, handler.
+//! From the outside in: trace, `dead_letter`, redeliver, delay, dedup, (concurrency limit), retry, (inbox), timeout, handler.
 //!
 //! - `dead_letter` is outside dedup, else a redriven message would be dropped as a duplicate;
 //! - dedup is outside retry, so that one claim covers the in-process tries;
 //! - timeout is inside retry, so that each try has its own;
+//! - the inbox's transaction is inside retry, so that each try has its own, and outside timeout, which rolls it back;
 //! - the limit is inside dedup, so that neither duplicates nor waiters keep a slot.
 //!
 //! Everything inside dedup answers `()`, dedup and everything outside it an [`Outcome`]: a stack put together in the
@@ -38,6 +39,7 @@ use crate::dedup::DedupLayer;
 use crate::delay::DelayLayer;
 use crate::events::Events;
 use crate::handler::{Arguments, Handled, Handler, HandlerService, Needs};
+use crate::inbox::InboxLayer;
 use crate::pause::Gate;
 use crate::redeliver::RedeliverLayer;
 use crate::retry::RetryLayer;
@@ -162,7 +164,7 @@ impl Pipeline {
 
     /// The stack around this service: a handler with tower layers of your own.
     pub fn service(self, service: impl Inner) -> impl Stack {
-        self.stack(service, Needs { claim: false, cancellation: true })
+        self.stack(service, Needs::CANCELLATION)
     }
 
     /// The one right order.
@@ -177,10 +179,16 @@ impl Pipeline {
             .layer(dedup(&config, &*broker, &gate, &events, needs).with_background(background))
             .layer(ConcurrencyLimitLayer::new(config.concurrency))
             .layer(RetryLayer::new(config.tries))
+            .layer(option_layer(inbox(&config)))
             .layer(option_layer(config.timeout.map(TimeoutLayer::new)))
             .map_err(Into::<BoxError>::into)
             .service(service)
     }
+}
+
+fn inbox(config: &QueueConfig) -> Option<InboxLayer> {
+    let inbox = config.inbox.clone();
+    inbox.map(|inbox| InboxLayer::new(inbox, config.dedup.window))
 }
 
 fn dead_letter(

@@ -16,6 +16,7 @@ use crate::broker::{AmqpOptions, Broker, Declare, Destination, HoldSteps, NatsOp
 use crate::dedup::{DedupLayer, SharedStore, StorePolicy, Suspects};
 use crate::delivery::BoxFuture;
 use crate::handler::{Arguments, Handled, Handler, HandlerService, Needs};
+use crate::inbox::Inbox;
 use crate::pause::Gate;
 use crate::pipeline::{Inner, Pipeline};
 use crate::redeliver::Again;
@@ -76,7 +77,7 @@ impl Queue {
     /// A service instead of a handler: one with tower layers of your own around it.
     #[must_use]
     pub fn service(mut self, service: impl Inner) -> Self {
-        let needs = Needs { claim: false, cancellation: true };
+        let needs = Needs::CANCELLATION;
         self.start = Some(Box::new(move |pipeline, line| Ok(run(pipeline, line, service, needs))));
         self
     }
@@ -130,6 +131,13 @@ impl Queue {
     #[must_use]
     pub fn store_url(self, url: impl Into<String>) -> Self {
         self.set(|config| config.store = StoreChoice::At(url.into()))
+    }
+
+    /// Completes each id in a transaction of the handler's own, which takes it as an argument: its writes there and
+    /// the memory that it is done become true together. It brings the store along. See [the inbox](crate::inbox).
+    #[must_use]
+    pub fn inbox(self, inbox: impl Inbox) -> Self {
+        self.set(|config| config.inbox = Some(Arc::new(inbox)))
     }
 
     /// How long a completed id is remembered: an hour by default. Longer than any copy can be late.
@@ -297,7 +305,10 @@ impl Queue {
         let counters = status
             .add(&config.spec.name)
             .ok_or_else(|| ConfigError::Twice { queue: config.spec.name.clone() })?;
-        config.store = StoreChoice::Given(stores.of(&config).await?);
+        config.store = StoreChoice::Given(match &config.inbox {
+            Some(inbox) => inbox.store(),
+            None => stores.of(&config).await?,
+        });
         let (gate, background) = (Gate::default(), TaskTracker::new());
         let pipeline = Pipeline::of(config.clone(), Arc::clone(broker), gate.clone(), background.clone());
         let line = Line::new(config.clone(), Arc::clone(broker), gate, background, counters, drain);

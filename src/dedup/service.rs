@@ -296,6 +296,7 @@ impl Door {
             attempt: claim.attempt(),
             cancel: lease.cancel.clone(),
             lease: Arc::clone(lease),
+            loan: None,
         };
         let handled = run_until(end, ready, message.for_run(context)).await;
         lease.run_until(None);

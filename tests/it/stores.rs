@@ -10,6 +10,8 @@ mod nats_kv;
 mod near;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(feature = "postgres")]
+mod postgres_inbox;
 #[cfg(feature = "redis")]
 mod redis;
 #[cfg(any(feature = "redis", feature = "postgres", feature = "nats", feature = "durable"))]

@@ -39,7 +39,7 @@ const GARBAGE_AFTER: Duration = Duration::from_secs(60);
 ///    a cache of their own after at most that long.
 /// 5. It is full at its capacity, and then forgets what was least lately used: that id costs a round trip again.
 ///
-/// The page [near_cache](crate::_docs::near_cache) says when to choose it.
+/// The page [`near_cache`](crate::_docs::near_cache) says when to choose it.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() {
