@@ -89,7 +89,10 @@ impl Hub {
 
     pub(super) fn break_off_all_of(&self, process: usize) {
         let sessions: Vec<_> = self.sessions.lock().unwrap().values().cloned().collect();
-        sessions.iter().filter(|session| session.process == process).for_each(|session| self.break_off(session));
+        sessions
+            .iter()
+            .filter(|session| session.process == process)
+            .for_each(|session| self.break_off(session));
     }
 
     /// A connection is lost: its deliveries come again, at once, or when their deadline is over.

@@ -40,7 +40,9 @@ fn seeds() {
     let mut bad = 0;
     let mut most = std::time::Duration::ZERO;
     for seed in 0..count {
-        if std::env::var("VERBOSE").is_ok() { eprintln!("{seed}"); }
+        if std::env::var("VERBOSE").is_ok() {
+            eprintln!("{seed}");
+        }
         let outcome = play(seed, Rule::Ours);
         most = most.max(outcome.rested_after);
         if !outcome.violations.is_empty() {

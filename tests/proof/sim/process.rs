@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use guestlist::dedup::Suspects;
 use guestlist::dedup::protocol::Run;
-use guestlist::{
-    Backoff, CancellationToken, Consumer, Error, Event, EventKind, Observer, Outcome, Queue,
-};
+use guestlist::{Backoff, CancellationToken, Consumer, Error, Event, EventKind, Observer, Outcome, Queue};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, sleep, sleep_until};
 

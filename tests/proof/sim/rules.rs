@@ -128,10 +128,12 @@ fn duplicate(record: Option<Record>) -> Step {
 }
 
 fn wrong(broken: Broken, machine: Machine, record: Option<Record>, op: &Op) -> Step {
-    let held_by = |token: Token| record.map(|mut record| {
-        record.run.token = token;
-        record
-    });
+    let held_by = |token: Token| {
+        record.map(|mut record| {
+            record.run.token = token;
+            record
+        })
+    };
     match (broken, op) {
         (Broken::IgnoresTokens, Op::Renew(run, _) | Op::Complete(run, _) | Op::Release(run, _)) => {
             ours(machine, held_by(run.token), op)

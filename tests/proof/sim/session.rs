@@ -69,7 +69,11 @@ impl SimSubscription {
 }
 
 impl Subscription for SimSubscription {
-    fn poll_next(&mut self, cx: &mut Context<'_>, room: usize) -> Poll<Option<Result<Delivery, BrokerError>>> {
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        room: usize,
+    ) -> Poll<Option<Result<Delivery, BrokerError>>> {
         if self.road.process.is_dead() {
             return Poll::Pending;
         }

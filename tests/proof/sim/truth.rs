@@ -118,7 +118,10 @@ impl Truth {
         if let Some((run, at)) = run {
             let forgotten = truth.lost_at.is_some_and(|lost| lost >= at);
             if !forgotten && !is_held(record, run, world) {
-                self.violated(format!("I2: m{id} starts in p{} without its claim: {record:?}", process.number));
+                self.violated(format!(
+                    "I2: m{id} starts in p{} without its claim: {record:?}",
+                    process.number
+                ));
             }
             if attempt > world.plan.max_attempts {
                 self.violated(format!("I8: m{id} starts for the {attempt}th time"));

@@ -53,7 +53,8 @@ pub(super) struct Outcome {
 /// Plays a seed, in a runtime of its own on this thread.
 pub(super) fn play(seed: u64, rule: Rule) -> Outcome {
     let _seeded = seed_randomness(seed);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(run(Plan::of(seed), rule))
 }
 

@@ -70,6 +70,11 @@ impl Stored {
         self.at_zero.run.fence
     }
 
+    /// Whether its fence is yet to be made.
+    pub(super) const fn is_new_claim(&self) -> bool {
+        self.fence_base.is_some()
+    }
+
     pub(super) fn encode(&self) -> Bytes {
         let Record {
             run, attempt, before, state, generation, suspect, interruptions, digest, retain, ..
