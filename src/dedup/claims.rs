@@ -34,11 +34,19 @@ const AWAY: Duration = Duration::from_secs(1);
 pub(crate) struct Lengths {
     pub(crate) lease: Duration,
     pub(crate) window: Duration,
+    /// The longest backoff that is planned for its failures.
+    pub(crate) backoff: Duration,
     pub(crate) max_run: Duration,
     pub(crate) pause_hold: Duration,
 }
 
 impl Lengths {
+    /// How long an id that is not done stays on record. A window shorter than a backoff must not make
+    /// the store forget the attempts meanwhile: the message would be tried for ever.
+    pub(crate) fn retain(&self) -> Duration {
+        self.window.max(self.backoff.saturating_add(defaults::WINDOW))
+    }
+
     /// Below lease / 3 by law, so that an unknown answer can be asked again within the lease.
     pub(crate) fn store_call(&self) -> Duration {
         self.lease / defaults::STORE_CALLS_PER_LEASE

@@ -53,7 +53,15 @@ pub use self::protocol::{Before, Fence, Release};
 pub use self::service::Dedup;
 #[cfg(feature = "nats")]
 pub use self::store::NatsKvStore;
-pub use self::store::{DedupStore, InProcessStore, MemoryStore, StoreError, StoreFeatures};
+pub use self::store::{
+    DedupStore, InProcessStore, MemoryStore, NearCache, StoreError, StoreFeatures, connect,
+};
+#[cfg(feature = "durable")]
+pub use self::store::{Durability, DurableStore};
+#[cfg(feature = "postgres")]
+pub use self::store::{PostgresStore, PostgresStoreBuilder};
+#[cfg(feature = "redis")]
+pub use self::store::{RedisStore, RedisStoreBuilder};
 pub use self::suspects::Suspects;
 
 /// What a handler may know of its run.

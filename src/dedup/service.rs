@@ -213,7 +213,7 @@ impl Door {
         Ask {
             token: Token::random(),
             lease: lengths.lease,
-            retain: lengths.window,
+            retain: lengths.retain(),
             generation: message.generation(),
             digest: self.settings.compare_bodies.then(|| known_digest(message)),
             alone,

@@ -1,6 +1,5 @@
-//! For your own tests: the contracts that every broker and every store keep, a recorder of events and a checker of
-//! their log, a store that
-//! fails as told.
+//! For your own tests: the contracts that every broker and every store keep, a recorder of events, a [`checker`] of
+//! their logs, a store that fails as told.
 //!
 //! Feature `testing`. Nothing here is for production: a broken promise panics.
 

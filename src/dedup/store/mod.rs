@@ -1,8 +1,16 @@
 //! The contract of a store.
 
+#[cfg(feature = "durable")]
+pub mod durable;
 mod memory;
 #[cfg(feature = "nats")]
 pub mod nats_kv;
+mod near;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(feature = "redis")]
+mod redis;
+mod url;
 
 use std::fmt;
 use std::time::Duration;
@@ -10,9 +18,17 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::futures::Notified;
 
+#[cfg(feature = "durable")]
+pub use self::durable::{Durability, DurableStore};
 pub use self::memory::MemoryStore;
 #[cfg(feature = "nats")]
 pub use self::nats_kv::NatsKvStore;
+pub use self::near::NearCache;
+#[cfg(feature = "postgres")]
+pub use self::postgres::{PostgresStore, PostgresStoreBuilder};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisStore, RedisStoreBuilder};
+pub use self::url::connect;
 use super::protocol::{Ask, Claim, Held, Record, Release, Run};
 use crate::{BoxError, DedupKey};
 

@@ -211,6 +211,7 @@ impl Marker {
 fn token_mark(run: Run) -> u64 {
     let mut hash = blake3::Hasher::new_derive_key("guestlist 2026 token mark");
     hash.update(&run.token.bits().to_le_bytes());
-    let [a, b, c, d, e, f, g, h, ..] = *hash.finalize().as_bytes();
-    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    let mut bits = [0; 8];
+    bits.copy_from_slice(&hash.finalize().as_bytes()[..8]);
+    u64::from_le_bytes(bits)
 }

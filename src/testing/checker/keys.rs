@@ -16,7 +16,7 @@ impl Judge<'_> {
 
     fn one_key(&mut self, key: DedupKey, told: &Key) {
         let series = self.series(key, told);
-        for (pair, next_series) in told.runs.windows(2).zip(&series[1..]) {
+        for (pair, next_series) in told.runs.windows(2).zip(series.iter().skip(1)) {
             let [last, next] = pair else { continue };
             self.fences(key, last, next);
             self.overlap(key, last, next, next_series);
@@ -37,7 +37,7 @@ impl Judge<'_> {
     fn fences(&mut self, key: DedupKey, last: &Run, next: &Run) {
         let backwards =
             self.story.process(last.begun) == self.story.process(next.begun) && next.begun < last.begun;
-        if backwards || last.fence == next.fence {
+        if (backwards || last.fence == next.fence) && self.lost_between(key, last, next).is_none() {
             let what = "a later claim has no higher fence";
             self.broken(Invariant::OneAtATime, Some(key), what, &[last.begun, next.begun]);
         }
@@ -64,7 +64,8 @@ impl Judge<'_> {
         // A holder that was killed may have released before it could say so.
         let released_unheard = match next.before {
             Some(Before::Failed | Before::HandedBack) => true,
-            Some(Before::First) => series.origin == Origin::Same,
+            // A redrive starts afresh on what was released or parked.
+            Some(Before::First) => matches!(series.origin, Origin::Same | Origin::Redriven),
             Some(Before::Vanished) | None => false,
         };
         if last.ended() || released_unheard { until.min(active) } else { until }
@@ -114,10 +115,10 @@ impl Judge<'_> {
             self.broken(Invariant::BoundedRetry, Some(key), what, &entries);
             return;
         }
-        let (least, most) = attempts_after(last, next);
+        let (fewest, most) = attempts_after(last, next);
         let most = most.saturating_add(told.silent);
-        if !(least..=most).contains(&next.attempt) {
-            let what = format!("attempt {} after attempt {}: {least} was next", next.attempt, last.attempt);
+        if !(fewest..=most).contains(&next.attempt) {
+            let what = format!("attempt {} after attempt {}: {fewest} was next", next.attempt, last.attempt);
             self.broken(Invariant::BoundedRetry, Some(key), what, &[last.begun, last.last, next.begun]);
         }
     }
@@ -191,19 +192,16 @@ impl Judge<'_> {
 
     fn no_duplicate(&mut self, key: DedupKey, told: &Key, duplicate: At) {
         let holds = |run: &&Run| run.begun < duplicate && run.end().is_none_or(|end| end > duplicate);
-        match told.runs.iter().find(holds) {
-            Some(holder) => {
-                let what = "taken for a duplicate while another delivery was still at it";
-                self.broken(Invariant::InProgressNeverAcked, Some(key), what, &[holder.begun, duplicate]);
-            }
-            None => {
-                let what = "taken for a duplicate, and no handler had succeeded";
-                let last = told.runs.iter().rfind(|run| run.begun < duplicate);
-                let entries: Vec<At> =
-                    last.map(|run| [run.begun, run.last]).into_iter().flatten().chain([duplicate]).collect();
-                self.broken(Invariant::FailureNeverMarks, Some(key), what, &entries);
-            }
+        if let Some(holder) = told.runs.iter().find(holds) {
+            let what = "taken for a duplicate while another delivery was still at it";
+            self.broken(Invariant::InProgressNeverAcked, Some(key), what, &[holder.begun, duplicate]);
+            return;
         }
+        let what = "taken for a duplicate, and no handler had succeeded";
+        let last = told.runs.iter().rfind(|run| run.begun < duplicate);
+        let entries: Vec<At> =
+            last.map(|run| [run.begun, run.last]).into_iter().flatten().chain([duplicate]).collect();
+        self.broken(Invariant::FailureNeverMarks, Some(key), what, &entries);
     }
 
     fn same_body(&mut self, key: DedupKey, ran: &[&Run], duplicate: At) {

@@ -318,7 +318,7 @@ fn event_name(kind: EventKind) -> &'static str {
     }
 }
 
-fn name_of<T: PartialEq>(words: &'static [(&'static str, T)], value: T) -> &'static str {
+fn name_of<T: Copy + PartialEq>(words: &'static [(&'static str, T)], value: T) -> &'static str {
     words.iter().find(|(_, known)| *known == value).map_or("", |(name, _)| name)
 }
 
@@ -337,7 +337,7 @@ const OUTCOMES: &[(&str, Outcome)] = &[
 ];
 
 /// The events that are said in one word.
-const PLAIN: &[(&str, EventKind)] = &[
+pub(super) const PLAIN: &[(&str, EventKind)] = &[
     ("received", EventKind::Received),
     ("identified", EventKind::Identified),
     ("duplicate", EventKind::Duplicate),
@@ -352,7 +352,7 @@ const PLAIN: &[(&str, EventKind)] = &[
     ("unsettled", EventKind::Unsettled),
 ];
 
-const CAUSES: &[Cause] = &[
+pub(super) const CAUSES: &[Cause] = &[
     Cause::Transient,
     Cause::Permanent,
     Cause::Deferred,

@@ -38,7 +38,7 @@ impl Log {
     /// | `delivery` | events | its number in the process |
     /// | `key` | events with an id; `store_lost` of one id | 32 hexadecimal digits |
     /// | `token` | events with a claim | 16 hexadecimal digits, of no other claim |
-    /// | `fence` | with `token` | a number that grows with each claim of a key |
+    /// | `fence` | with `token` | a number that grows with each claim of a key, over lost records too if it can |
     /// | `until` | optional, with `token` | until when the holder takes its lease to last |
     /// | `attempt` | optional | 1 if missing |
     /// | `generation` | optional | how many times it was redriven; 0 if missing |

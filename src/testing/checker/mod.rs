@@ -22,10 +22,12 @@
 //! # async fn main() -> guestlist::Result {
 //! let (broker, recorder) = (MemoryBroker::new(), Recorder::new());
 //! broker.declare("orders");
+//! broker.declare("orders.dead");
 //! broker.send("orders", Message::builder("{}").transport_id("order-1")).unwrap();
 //! broker.send("orders", Message::builder("{}").transport_id("order-1")).unwrap();
 //!
-//! let queue = Queue::new("orders").observer(recorder.observer()).handler(async |Attempt(attempt): Attempt| {
+//! let queue = Queue::new("orders").dead_letter("orders.dead").observer(recorder.observer());
+//! let queue = queue.handler(async |Attempt(attempt): Attempt| {
 //!     if attempt == 1 { Err("not yet".into()) } else { Ok(()) }
 //! });
 //! let stop = CancellationToken::new();
@@ -63,6 +65,8 @@ mod lines;
 mod log;
 mod report;
 mod story;
+#[cfg(test)]
+mod tests;
 mod times;
 mod why;
 mod writer;
@@ -80,7 +84,7 @@ use crate::{DedupKey, EventKind, defaults};
 
 /// Checks logs. Its settings are those of the queue whose log it is; they begin as a queue's do.
 /// See the [module docs](self) for an example.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Checker {
     lease: Duration,
     window: Duration,
@@ -179,7 +183,7 @@ impl Checker {
 
     /// Checks a log. Costs time in proportion to its length.
     pub fn check(&self, log: &Log) -> Report {
-        let story = Story::of(log);
+        let story = Story::of(log, micros(self.slack));
         let mut judge = Judge { settings: self, story: &story, report: Report::default() };
         judge.report.counts = count(&story);
         judge.deliveries();

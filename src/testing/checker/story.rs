@@ -83,7 +83,7 @@ pub(super) struct Outage {
 }
 
 impl<'a> Story<'a> {
-    pub(super) fn of(log: &'a Log) -> Self {
+    pub(super) fn of(log: &'a Log, slack: u64) -> Self {
         let mut story = Self {
             entries: log.entries(),
             times: log.times(),
@@ -97,6 +97,7 @@ impl<'a> Story<'a> {
         story.tell_deliveries();
         story.tell_keys();
         story.tell_markers();
+        story.sort_runs(slack);
         story
     }
 
@@ -234,18 +235,21 @@ impl<'a> Story<'a> {
                 _ => {}
             }
         }
-        self.sort_runs();
     }
 
-    /// By fence. A store that lost everything may count from the beginning again.
-    fn sort_runs(&mut self) {
+    /// By fence; that holds over lost records, too, in a store whose fences grow with its clock. Where the
+    /// times say clearly that they began again, by what was lost in between first.
+    fn sort_runs(&mut self, slack: u64) {
         let (losses, times) = (&self.losses, &self.times);
-        let flushed = |at: At| {
-            let before = |(loss, key): &&(At, Option<DedupKey>)| key.is_none() && times[*loss] <= times[at];
-            losses.iter().filter(before).count()
+        let flushed = |at: At| losses.iter().filter(|(loss, key)| key.is_none() && *loss < at).count();
+        let backwards = |runs: &[Run]| {
+            runs.windows(2).any(|pair| times[pair[1].begun].saturating_add(slack) < times[pair[0].begun])
         };
         for key in self.keys.values_mut() {
-            key.runs.sort_by_cached_key(|run| (flushed(run.begun), run.fence, run.begun));
+            key.runs.sort_by_key(|run| (run.fence, run.begun));
+            if backwards(&key.runs) {
+                key.runs.sort_by_cached_key(|run| (flushed(run.begun), run.fence, run.begun));
+            }
         }
     }
 }

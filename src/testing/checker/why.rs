@@ -143,7 +143,8 @@ impl Judge<'_> {
     /// The last of these holders that has no end.
     fn vanished(&self, runs: &[Run]) -> Option<Found> {
         let holder = runs.iter().rfind(|run| !run.ended())?;
-        let death = self.story.death(holder.last, self.slack());
+        // A process that is killed only in play may go on to notice that its lease is over.
+        let death = self.story.death(holder.active, self.slack());
         Some(match (holder.gap, death, holder.lost) {
             (Some(gap), ..) => (
                 Reason::Gap,
@@ -187,7 +188,9 @@ type Found = (Reason, String, Option<At>);
 /// Whether the claim was, or may have been, undone as if it had never been.
 fn restores(last: &Run) -> bool {
     let undone = last.released_as(|release| release == Release::NotStarted);
-    let unheard = last.end().is_none() && (last.started.is_none() || shed(last));
+    // A release may arrive after its holder has given the lease up for lost.
+    let open = !last.ended() && last.gap.is_none();
+    let unheard = open && (last.started.is_none() || shed(last));
     last.before == Some(Before::First) && (undone || unheard)
 }
 

@@ -18,7 +18,8 @@ use crate::{Event, Observer};
 ///
 /// Times are microseconds of the wall clock, read once when the writer is made and carried on by the
 /// monotonic clock: a step of the wall clock does not show, and processes of one machine agree. Every event
-/// costs a write: this is for tests and audits.
+/// costs a write: this is for tests and audits. With tokio's paused clock the wall clock and the monotonic
+/// one part: make all writers of a test before time goes by, or use a [`Recorder`](crate::testing::Recorder).
 ///
 /// ```
 /// use guestlist::prelude::*;

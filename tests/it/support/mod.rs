@@ -7,6 +7,7 @@ mod capture;
 mod doubles;
 mod journal;
 mod process;
+mod trial;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -27,6 +28,7 @@ pub(crate) use self::capture::LogCapture;
 pub(crate) use self::doubles::{CopySpy, LateStore, Tripwire};
 pub(crate) use self::journal::{Journal, Run};
 pub(crate) use self::process::Process;
+pub(crate) use self::trial::{FAULTS, Plot, Trial, every_call_fails_once};
 
 pub(crate) const ORDERS: &str = "orders";
 pub(crate) const DEAD: &str = "orders.dead";

@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use guestlist::dedup::protocol::Run;
+use guestlist::testing::checker;
 use guestlist::{DedupKey, Event, EventKind};
 use tokio::time::Instant;
 
@@ -21,6 +22,7 @@ enum What {
     Handler { id: usize, attempt: u32, does: &'static str },
     Fault(Fault),
     Step(&'static str, u64),
+    Violation(String),
 }
 
 #[derive(Debug)]
@@ -38,7 +40,8 @@ pub(super) struct Log {
     entries: Mutex<Vec<Entry>>,
     /// Deliveries are numbered over all runs of the process; here from one.
     deliveries: Mutex<BTreeMap<u64, u64>>,
-    events: Mutex<Vec<Event>>,
+    /// The events and markers alone, for the checker.
+    checked: Mutex<checker::Log>,
 }
 
 impl Log {
@@ -47,7 +50,7 @@ impl Log {
             began: Instant::now(),
             entries: Mutex::default(),
             deliveries: Mutex::default(),
-            events: Mutex::default(),
+            checked: Mutex::default(),
         }
     }
 
@@ -71,7 +74,8 @@ impl Log {
         self.push(Some(process), What::Event { delivery, key, run, attempt, kind });
         let mut event = *event;
         event.delivery = delivery;
-        self.events.lock().unwrap().push(event);
+        let entry = checker::Entry::from_event(name(process), &event, |at| self.micros(at));
+        self.checked.lock().unwrap().push(entry);
     }
 
     pub(super) fn store(&self, process: usize, id: Option<usize>, op: Op, answer: Answer) {
@@ -90,9 +94,22 @@ impl Log {
         self.push(None, What::Step(step, number));
     }
 
-    /// The events alone, for the checker.
-    pub(super) fn events(&self) -> Vec<Event> {
-        self.events.lock().unwrap().clone()
+    pub(super) fn violation(&self, what: &str) {
+        self.push(None, What::Violation(what.to_owned()));
+    }
+
+    /// What no process can know.
+    pub(super) fn mark(&self, process: usize, marker: checker::Marker) {
+        let entry = checker::Entry::marker(name(process), self.micros(Instant::now()), marker);
+        self.checked.lock().unwrap().push(entry);
+    }
+
+    pub(super) fn checked(&self) -> checker::Log {
+        self.checked.lock().unwrap().clone()
+    }
+
+    fn micros(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.began).as_micros()).unwrap_or(u64::MAX)
     }
 
     pub(super) fn faults(&self) -> BTreeMap<Fault, u64> {
@@ -121,4 +138,8 @@ impl Log {
         }
         text
     }
+}
+
+fn name(process: usize) -> String {
+    format!("p{process}")
 }

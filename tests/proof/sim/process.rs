@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use guestlist::dedup::Suspects;
 use guestlist::dedup::protocol::Run;
-use guestlist::{Backoff, CancellationToken, Consumer, Error, Event, EventKind, Observer, Outcome, Queue};
+use guestlist::testing::checker::Marker;
+use guestlist::{Backoff, CancellationToken, Consumer, Error, Event, EventKind, Observer, Queue};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -52,6 +53,7 @@ impl Process {
             deliveries: Mutex::default(),
         });
         world.log.step("process starts", number as u64);
+        world.log.mark(number, Marker::ProcessStarted);
         let task = tokio::spawn(process.consumer().run_until(process.stop.clone().cancelled_owned()));
         *process.abort.lock().unwrap() = Some(task.abort_handle());
         (process, task)
@@ -92,6 +94,8 @@ impl Process {
         if self.dead.swap(true, Ordering::Relaxed) {
             return;
         }
+        self.world.truth.crashed(self.number);
+        self.world.log.mark(self.number, Marker::ProcessKilled);
         self.world.broker.lose_sight_of(&self.world, self.number);
         if self.world.plan.in_process {
             self.world.lose_all_records(Some(self.number));
@@ -179,8 +183,8 @@ impl Observer for Eye {
         }
         process.world.log.event(process.number, event);
         process.learn(event);
-        if let EventKind::Acked(Outcome::Handled) = event.kind {
-            process.world.truth.handled(event);
+        if let (EventKind::Claimed(_), Some(run)) = (event.kind, event.run) {
+            process.world.truth.heard(run);
         }
         if process.world.strikes(process.world.plan.rates.crash) {
             process.world.log.fault(Some(process.number), "crash at an event");

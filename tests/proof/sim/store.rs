@@ -100,17 +100,24 @@ impl SimStore {
         let world = &self.process.world;
         let (old, answer, new) = world.records.apply(key, &op);
         world.log.store(self.process.number, world.truth.id_of(key), op, answer);
-        world.truth.applied(world, key, &op, old, new);
+        world.truth.applied(key, &op, old, new);
         world.records.changed.notify_waiters();
         answer
     }
 
     /// As [`apply`](Self::apply), some time later, whether or not anybody still waits for it.
-    fn apply_later(&self, key: &DedupKey, op: Op, delay: Duration) -> tokio::task::JoinHandle<Answer> {
+    fn apply_later(
+        &self,
+        key: &DedupKey,
+        op: Op,
+        delay: Duration,
+    ) -> tokio::task::JoinHandle<Option<Answer>> {
         let (road, key) = (self.clone(), *key);
         tokio::spawn(async move {
             sleep(delay).await;
-            road.apply(&key, op)
+            // What arrives at a store that is down is lost.
+            let down = road.process.world.records.is_down();
+            (!down).then(|| road.apply(&key, op))
         })
     }
 
@@ -136,7 +143,11 @@ impl SimStore {
             Some(2) => {
                 say("store: late");
                 let delay = world.rng.duration(MILLI, most);
-                self.apply_later(key, op, delay).await.map_err(|_| StoreError::new("gone"))?
+                self.apply_later(key, op, delay)
+                    .await
+                    .ok()
+                    .flatten()
+                    .ok_or_else(|| StoreError::new("the connection broke"))?
             }
             Some(3) => {
                 say("store: request delivered twice");

@@ -2,12 +2,14 @@
 //! what the consumer says of itself.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
-use guestlist::dedup::protocol::{Record, Run, State};
-use guestlist::{DedupKey, Disposition, Event, Message, MessageId, Scope};
+use guestlist::dedup::protocol::{Ask, Record, Run, State};
+use guestlist::{DedupKey, Disposition, Message, MessageId, Scope};
 use tokio::time::Instant;
 
+use super::log::Log;
 use super::process::Process;
 use super::rules::Rule;
 use super::store::Op;
@@ -20,6 +22,7 @@ pub(super) struct Started {
     /// How many there were before it, in this generation.
     pub(super) number: usize,
     run: Option<Run>,
+    claimed: Instant,
 }
 
 /// What is known of one id.
@@ -30,6 +33,8 @@ struct Id {
     effects: Vec<Effect>,
     /// Letters that nobody has sent back to work.
     letters: i64,
+    /// The generations in which one was ever written.
+    lettered: BTreeSet<u32>,
     /// The store has said `Done` of it, once at least.
     ever_done: bool,
     /// A handler succeeded without a claim, or without being recorded.
@@ -42,17 +47,26 @@ struct Id {
 struct Effect {
     token: Option<u128>,
     process: usize,
-    recorded: bool,
+    claimed: Instant,
+    /// When the store took it down as done.
+    recorded: Option<Instant>,
 }
 
 pub(super) struct Truth {
     keys: Vec<DedupKey>,
     ids: Mutex<Vec<Id>>,
-    by_token: Mutex<BTreeMap<u128, usize>>,
+    /// Claims that the store granted and no process has logged: the answer was lost for good, or the request
+    /// came when nobody waited for it any more.
+    unheard: Mutex<BTreeMap<u128, usize>>,
     violations: Mutex<Vec<String>>,
     crashed: Mutex<BTreeSet<usize>>,
+    /// Until when each claim would hold by our rules: renewed whenever its holder asked.
+    leases: Mutex<BTreeMap<u128, Instant>>,
+    unexplained: Mutex<u64>,
+    window: Duration,
     /// Peers are counted, not judged.
     judges: bool,
+    log: Arc<Log>,
 }
 
 /// How it ended, over all ids.
@@ -67,17 +81,33 @@ pub(super) struct Sums {
     pub(super) letters: u64,
 }
 
+impl std::ops::AddAssign for Sums {
+    fn add_assign(&mut self, other: Self) {
+        self.ids += other.ids;
+        self.effects += other.effects;
+        self.repeats += other.repeats;
+        self.unexplained += other.unexplained;
+        self.lost += other.lost;
+        self.stuck += other.stuck;
+        self.letters += other.letters;
+    }
+}
+
 impl Truth {
-    pub(super) fn of(ids: usize, rule: Rule) -> Self {
+    pub(super) fn of(ids: usize, window: Duration, rule: Rule, log: Arc<Log>) -> Self {
         let scope = Scope::new("", &format!("memory:{ORDERS}"));
         let keys = (0..ids).map(|id| scope.key(&MessageId::new(name(id)).unwrap())).collect();
         Self {
             keys,
             ids: Mutex::new((0..ids).map(|_| Id::default()).collect()),
-            by_token: Mutex::default(),
+            unheard: Mutex::default(),
             violations: Mutex::default(),
             crashed: Mutex::default(),
+            leases: Mutex::default(),
+            unexplained: Mutex::default(),
+            window,
             judges: !matches!(rule, Rule::Peer(_)),
+            log,
         }
     }
 
@@ -95,6 +125,7 @@ impl Truth {
 
     pub(super) fn violated(&self, what: String) {
         if self.judges {
+            self.log.violation(&what);
             self.violations.lock().unwrap().push(what);
         }
     }
@@ -129,33 +160,55 @@ impl Truth {
         } else if world.plan.policy == guestlist::dedup::StorePolicy::Pause {
             self.violated(format!("I7: m{id} starts in p{} without a claim", process.number));
         }
-        Started { id, attempt, number, run: run.map(|(run, _)| run) }
+        let claimed = run.map_or_else(Instant::now, |(_, at)| at);
+        Started { id, attempt, number, run: run.map(|(run, _)| run), claimed }
     }
 
     pub(super) fn succeeds(&self, process: &Process, run: &Started) {
         let token = run.run.map(|run| run.token.bits());
-        if let Some(token) = token {
-            self.by_token.lock().unwrap().insert(token, run.id);
-        }
         let truth = &mut self.ids()[run.id];
         truth.unrecorded |= token.is_none();
-        truth.effects.push(Effect { token, process: process.number, recorded: false });
+        let effect = Effect { token, process: process.number, claimed: run.claimed, recorded: None };
+        if truth.effects.iter().any(|other| !self.excused(truth, other, &effect)) {
+            *self.unexplained.lock().unwrap() += 1;
+            self.violated(format!("I3: m{} succeeds again, and no failure is why", run.id));
+        }
+        truth.effects.push(effect);
     }
 
-    pub(super) fn handled(&self, _event: &Event) {}
+    /// Whether a failure is why both of them succeeded: a crash, a lost record, a store out of reach.
+    fn excused(&self, truth: &Id, one: &Effect, other: &Effect) -> bool {
+        let (first, second) = if one.claimed <= other.claimed { (one, other) } else { (other, one) };
+        let (Some(token), Some(_)) = (first.token, second.token) else { return true };
+        let crashed = self.crashed.lock().unwrap().contains(&first.process) && first.recorded.is_none();
+        let forgotten = truth.lost_at.is_some_and(|lost| lost >= first.claimed);
+        let over = first.recorded.is_some_and(|at| second.claimed >= at + self.window);
+        let held = self.leases.lock().unwrap().get(&token).is_some_and(|until| second.claimed < *until);
+        crashed || forgotten || over || first.recorded.is_none() && !held
+    }
+
+    pub(super) fn crashed(&self, process: usize) {
+        self.crashed.lock().unwrap().insert(process);
+    }
+
+    pub(super) fn heard(&self, run: Run) {
+        self.unheard.lock().unwrap().remove(&run.token.bits());
+    }
+
+    /// Whether somebody held this id of whom no log tells.
+    pub(super) fn had_unheard_holder(&self, key: &DedupKey) -> bool {
+        let id = self.id_of(key);
+        self.unheard.lock().unwrap().values().any(|other| Some(*other) == id)
+    }
 
     /// I4, I5: done only by a run that succeeded; what succeeded is never given up.
-    pub(super) fn applied(
-        &self,
-        _world: &World,
-        key: &DedupKey,
-        op: &Op,
-        old: Option<Record>,
-        new: Option<Record>,
-    ) {
+    pub(super) fn applied(&self, key: &DedupKey, op: &Op, old: Option<Record>, new: Option<Record>) {
         let Some(id) = self.id_of(key) else {
             return self.violated("a call for a key that nobody sent".to_owned());
         };
+        if let Op::Claim(Ask { token, lease, .. }) | Op::Renew(Run { token, .. }, lease) = op {
+            self.leases.lock().unwrap().insert(token.bits(), Instant::now() + *lease);
+        }
         if old == new {
             return;
         }
@@ -164,10 +217,15 @@ impl Truth {
         let Some(record) = new else { return };
         let token = record.run.token.bits();
         let effect = truth.effects.iter_mut().find(|effect| effect.token == Some(token));
+        if let (State::Claimed { .. }, Op::Claim(ask)) = (record.state, op)
+            && old.is_none_or(|old| old.run.token != ask.token)
+        {
+            self.unheard.lock().unwrap().insert(token, id);
+        }
         match (record.state, op) {
             (State::Done, _) => {
                 match effect {
-                    Some(effect) => effect.recorded = true,
+                    Some(effect) => effect.recorded = effect.recorded.or(Some(Instant::now())),
                     None => self.violated(format!("I4: m{id} is done by {op:?}, and no run of it succeeded")),
                 }
                 truth.ever_done = true;
@@ -184,7 +242,9 @@ impl Truth {
     }
 
     pub(super) fn letter(&self, message: &Message) {
-        self.ids()[number(message)].letters += 1;
+        let truth = &mut self.ids()[number(message)];
+        truth.letters += 1;
+        truth.lettered.insert(message.generation());
     }
 
     /// I1: the broker forgets a message only for a reason.
@@ -197,7 +257,10 @@ impl Truth {
         let ids = self.ids();
         let truth = &ids[id];
         let unrecorded = known.gap || (known.claim.is_none() && known.ran);
-        if !(truth.ever_done || truth.letters > 0 || unrecorded && !truth.effects.is_empty()) {
+        if !(truth.ever_done
+            || truth.lettered.contains(&message.generation())
+            || unrecorded && !truth.effects.is_empty())
+        {
             self.violated(format!("I1: m{id} is acked by p{} for no reason", process.number));
         }
     }
@@ -219,7 +282,8 @@ impl Truth {
     /// I1, I9 at rest: each id is done, or with the dead letters.
     pub(super) fn at_rest(&self, drained: bool) -> Sums {
         let ids = self.ids();
-        let mut sums = Sums { ids: ids.len() as u64, ..Sums::default() };
+        let unexplained = *self.unexplained.lock().unwrap();
+        let mut sums = Sums { ids: ids.len() as u64, unexplained, ..Sums::default() };
         for (id, truth) in ids.iter().enumerate() {
             sums.effects += truth.effects.len() as u64;
             sums.repeats += truth.effects.len().saturating_sub(1) as u64;

@@ -5,13 +5,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use guestlist::Message;
+use guestlist::dedup::StorePolicy;
+use guestlist::testing::checker::{Checker, Invariant, Marker, Report, Violation};
 use guestlist::testing::seed_randomness;
+use guestlist::{DedupKey, Message};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, advance, sleep, timeout};
 
 use super::broker::Hub;
 use super::log::{Fault, Log};
+use super::panics::Panics;
 use super::plan::{Kind, MILLI, MINUTE, Plan, SECOND};
 use super::process::{Process, supervise};
 use super::rng::Rng;
@@ -28,7 +31,7 @@ pub(super) const REST: Duration = Duration::from_secs(60 * 60);
 pub(super) struct World {
     pub(super) plan: Plan,
     pub(super) rng: Rng,
-    pub(super) log: Log,
+    pub(super) log: Arc<Log>,
     pub(super) truth: Truth,
     pub(super) records: Records,
     pub(super) broker: Hub,
@@ -46,7 +49,7 @@ pub(super) struct Outcome {
     pub(super) faults: BTreeMap<Fault, u64>,
     pub(super) violations: Vec<String>,
     pub(super) rested_after: Duration,
-    pub(super) events: Vec<guestlist::Event>,
+    pub(super) report: Report,
     pub(super) text: Box<dyn Fn() -> (String, String)>,
 }
 
@@ -55,14 +58,19 @@ pub(super) fn play(seed: u64, rule: Rule) -> Outcome {
     let _seeded = seed_randomness(seed);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-    runtime.block_on(run(Plan::of(seed), rule))
+    let listening = Panics::listen();
+    let mut outcome = runtime.block_on(run(Plan::of(seed), rule));
+    drop(runtime);
+    outcome.violations.extend(listening.heard());
+    outcome
 }
 
 async fn run(plan: Plan, rule: Rule) -> Outcome {
+    let log = Arc::new(Log::begin());
     let world = Arc::new(World {
         rng: Rng::new(plan.seed ^ 0x5EED),
-        log: Log::begin(),
-        truth: Truth::of(plan.stories.len(), rule),
+        truth: Truth::of(plan.stories.len(), plan.window, rule, Arc::clone(&log)),
+        log,
         records: Records::new(rule),
         broker: Hub::new(plan.kind),
         processes: Mutex::default(),
@@ -88,15 +96,43 @@ async fn run(plan: Plan, rule: Rule) -> Outcome {
         drained = world.redrive_all().await;
     }
     world.end(&mut places).await;
+    // Each knows its world, and the world each.
+    world.processes.lock().unwrap().clear();
     let sums = world.truth.at_rest(drained);
     if !drained {
         world.truth.violated("I9: it does not come to rest".to_owned());
     }
     drop(around);
-    let (faults, violations, events) = (world.log.faults(), world.truth.violations(), world.log.events());
+    let report = checker(&world.plan).check(&world.log.checked());
+    judge(&world, &report);
+    let (faults, violations) = (world.log.faults(), world.truth.violations());
     let plan = world.plan.clone();
     let text = Box::new(move || (world.log.fault_list(), world.log.whole()));
-    Outcome { plan, sums, faults, violations, rested_after, events, text }
+    Outcome { plan, sums, faults, violations, rested_after, report, text }
+}
+
+fn checker(plan: &Plan) -> Checker {
+    let checker = Checker::new().lease(plan.lease).window(plan.window).one_clock();
+    let checker = checker.max_attempts(Some(plan.max_attempts));
+    match plan.policy {
+        StorePolicy::Process => checker.runs_without_store(),
+        _ => checker,
+    }
+}
+
+/// The checker does not know of claims that no log tells of; of their ids, the attempts and the reason of
+/// each run are not to be judged by it.
+fn judge(world: &World, report: &Report) {
+    let bounded = |violation: &Violation| violation.invariant == Invariant::BoundedRetry;
+    let unheard = |key: Option<DedupKey>| key.is_some_and(|key| world.truth.had_unheard_holder(&key));
+    let violations =
+        report.violations.iter().filter(|violation| !(bounded(violation) && unheard(violation.key)));
+    let unexplained = report.unexplained().filter(|extra| !unheard(Some(extra.key)));
+    let mut findings: Vec<String> = violations.map(|violation| format!("{violation:#?}")).collect();
+    findings.extend(unexplained.map(|extra| format!("{extra:#?}")));
+    if !findings.is_empty() {
+        world.truth.violated(format!("checker: {report}"));
+    }
 }
 
 impl World {
@@ -193,9 +229,12 @@ impl World {
                 say("process: cut off from the store");
                 process.cut_off_from_store(length);
             }
-            6 => {
+            6 if !self.plan.in_process => {
                 self.log.fault(None, "store: outage");
+                self.log.mark(0, Marker::StoreAway);
                 self.records.go_down_until(Instant::now() + length);
+                sleep(length).await;
+                self.log.mark(0, Marker::StoreBack);
             }
             7 => {
                 self.log.fault(None, "broker: outage");
@@ -236,12 +275,14 @@ impl World {
         let id = usize::try_from(self.rng.below(self.plan.stories.len() as u64)).unwrap_or(0);
         if self.records.lose(&self.truth.key(id)) {
             self.log.fault(None, "store: record lost");
+            self.log.mark(0, Marker::StoreLost(Some(self.truth.key(id))));
             self.truth.record_lost(id);
         }
     }
 
     pub(super) fn lose_all_records(&self, with: Option<usize>) {
         self.log.fault(with, "store: all records lost");
+        self.log.mark(0, Marker::StoreLost(None));
         for id in 0..self.plan.stories.len() {
             self.records.lose(&self.truth.key(id));
             self.truth.record_lost(id);
@@ -266,6 +307,7 @@ impl World {
         self.log.step("calm", 0);
         self.calm.store(true, Ordering::Relaxed);
         self.records.go_down_until(Instant::now());
+        self.log.mark(0, Marker::StoreBack);
         self.broker.go_down_until(Instant::now());
         self.processes.lock().unwrap().values().for_each(|process| process.recover());
     }

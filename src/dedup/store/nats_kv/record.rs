@@ -70,9 +70,9 @@ impl Stored {
         self.at_zero.run.fence
     }
 
-    /// Whether its fence is yet to be made.
-    pub(super) const fn is_new_claim(&self) -> bool {
-        self.fence_base.is_some()
+    /// For a claim whose fence is yet to be made.
+    pub(super) const fn fence_base(&self) -> Option<u64> {
+        self.fence_base
     }
 
     pub(super) fn encode(&self) -> Bytes {

@@ -72,18 +72,17 @@ impl Inner {
                 continue;
             }
             let stored = new.map(|new| self.to_store(&new, old, now, view.revision));
-            let is_claim = stored.as_ref().is_some_and(Stored::is_new_claim);
-            if is_claim && self.sightings().is_blind() {
+            if stored.as_ref().is_some_and(|stored| stored.fence_base().is_some())
+                && self.sightings().is_blind()
+            {
                 // Without a look nobody knows which fences were given out.
                 self.look().await?;
                 continue;
             }
             let sent = Instant::now();
             match self.write(key, view.revision, stored.as_ref()).await? {
-                Written::As { revision } if is_claim && self.sightings().contradicts(sent, revision) => {
-                    // This revision was given out before, by a bucket that is gone or has lost its last
-                    // writes. The same once more, with a fence above those of that time.
-                    self.look().await?;
+                Written::As { revision } if self.has_old_fence(stored.as_ref(), sent, revision).await? => {
+                    // The same once more, with a fence above those of the bucket that was.
                     view.revision = revision;
                     continue;
                 }
@@ -114,6 +113,22 @@ impl Inner {
         let is_new = claimed && old.is_none_or(|old| old.run.fence != new.run.fence);
         let base = is_new.then(|| self.fence_base(old.map(|old| old.run.fence), expected));
         Stored::new(new, now, base)
+    }
+
+    /// Whether a new claim may have a fence that is not above all others: its revision was given out before, by
+    /// a bucket that is gone or has lost its last writes.
+    async fn has_old_fence(
+        &self,
+        stored: Option<&Stored>,
+        sent: Instant,
+        revision: u64,
+    ) -> Result<bool, StoreError> {
+        let Some(base) = stored.and_then(Stored::fence_base) else { return Ok(false) };
+        if self.sightings().contradicts(sent, revision) {
+            self.sightings().lose_sight();
+            self.look().await?;
+        }
+        Ok(base < self.fence_base(None, revision))
     }
 
     /// Remembers a claim that is ours, so that its renewal and its end need not read it first.

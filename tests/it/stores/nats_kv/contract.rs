@@ -17,6 +17,9 @@ struct Bucket {
 
 const BUCKET: &str = "contract";
 
+/// Less often than elsewhere: the suite has hundreds of handles.
+const OBSERVE: Duration = Duration::from_millis(250);
+
 impl Bucket {
     async fn new() -> Self {
         let server = Server::start().await;
@@ -27,7 +30,8 @@ impl Bucket {
 #[async_trait]
 impl StoreFixture for Bucket {
     async fn open(&self) -> Arc<dyn DedupStore> {
-        Arc::new(options(BUCKET).window(LONG).connect(&self.url).await.expect("the bucket can be opened"))
+        let options = options(BUCKET).window(LONG).observe_every(OBSERVE);
+        Arc::new(options.connect(&self.url).await.expect("the bucket can be opened"))
     }
 
     async fn lose(&self, key: &DedupKey) {
@@ -54,7 +58,7 @@ impl StoreFixture for Bucket {
     fn pace(&self) -> Pace {
         let short = Duration::from_millis(500);
         // The look that dates a record may come so late, and its age is known to a thirty-second part.
-        Pace { short, late: 2 * OFTEN + short / 32, longest: LONG, ..Pace::default() }
+        Pace { short, late: 2 * OBSERVE + short / 32, longest: LONG, ..Pace::default() }
     }
 }
 
