@@ -50,6 +50,7 @@ mod consumer;
 pub mod dead_letter;
 pub mod dedup;
 pub mod defaults;
+pub mod delay;
 mod delivery;
 mod disposition;
 mod error;

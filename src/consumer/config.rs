@@ -6,10 +6,14 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::broker::QueueSpec;
+use crate::broker::{HoldSteps, QueueSpec};
 use crate::dedup::{DedupLayer, DedupStore, MemoryStore, SharedStore, StorePolicy};
 use crate::handler::Needs;
+use crate::redeliver::OwnPolicy;
 use crate::{Backoff, MissingId, Observer, defaults};
+
+/// More exact delays than this get no hold queue of their own: the steps between them will do.
+const MOST_DELAYS: u32 = 12;
 
 /// Everything about a queue but its handler.
 #[derive(Clone)]
@@ -19,11 +23,14 @@ pub(crate) struct QueueConfig {
     pub(crate) store: StoreChoice,
     pub(crate) dedup: DedupConfig,
     pub(crate) backoff: Backoff,
+    pub(crate) retry_policy: Option<Arc<OwnPolicy>>,
     pub(crate) tries: u32,
     pub(crate) timeout: Option<Duration>,
     pub(crate) concurrency: usize,
     pub(crate) pause_hold: Duration,
     pub(crate) reject_failed: bool,
+    /// The hold steps are the user's, not ours to add to.
+    pub(crate) own_holds: bool,
     pub(crate) observer: Option<Arc<dyn Observer>>,
 }
 
@@ -90,11 +97,13 @@ impl QueueConfig {
             store: StoreChoice::Default,
             dedup: DedupConfig::default(),
             backoff: Backoff::attempts(),
+            retry_policy: None,
             tries: defaults::TRIES,
             timeout: None,
             concurrency: defaults::CONCURRENCY,
             pause_hold: defaults::PAUSE_HOLD,
             reject_failed: false,
+            own_holds: false,
             observer: None,
         }
     }
@@ -132,11 +141,25 @@ impl QueueConfig {
             let (window, lease) = (self.dedup.window, self.dedup.lease);
             return Err(ConfigError::Window { queue: queue(), window, lease });
         }
-        if self.spec.hold.is_zero() {
-            return Err(ConfigError::Hold { queue: queue() });
+        if self.spec.holds.is_empty() {
+            return Err(ConfigError::NoHold { queue: queue() });
+        }
+        if let Some(step) = self.spec.holds.impossible() {
+            return Err(ConfigError::Hold { queue: queue(), step });
         }
         self.warn();
         Ok(())
+    }
+
+    /// Exact delays between attempts are steps of their own, so that each takes one hop; delays that are drawn at
+    /// random take a neighbouring step.
+    pub(crate) fn fit_holds(&mut self) {
+        if !self.own_holds && !self.backoff.has_jitter() {
+            let delays = (1..self.dedup.max_attempts.min(MOST_DELAYS)).map(|n| self.backoff.delay(n));
+            let delays: Vec<_> =
+                delays.filter(|delay| HoldSteps::new([*delay]).impossible().is_none()).collect();
+            self.spec.holds = self.spec.holds.and(delays);
+        }
     }
 
     fn warn(&self) {
@@ -236,11 +259,21 @@ pub enum ConfigError {
         /// The queue.
         queue: String,
     },
-    /// A hold step of nothing.
-    #[error("queue `{queue}` has a hold step of zero: delayed messages would come straight back")]
+    /// No hold step at all.
+    #[error(
+        "queue `{queue}` has no hold steps, and RabbitMQ no other way to delay a message: name one, or leave `.hold_steps(…)` out"
+    )]
+    NoHold {
+        /// The queue.
+        queue: String,
+    },
+    /// A hold step that no queue can have.
+    #[error("queue `{queue}` has a hold step of {step:?}: RabbitMQ takes 1 ms to 49 days")]
     Hold {
         /// The queue.
         queue: String,
+        /// The step.
+        step: Duration,
     },
     /// The handler wants what some of its messages would not have.
     #[error(

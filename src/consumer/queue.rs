@@ -12,13 +12,14 @@ use super::config::{ConfigError, QueueConfig, StoreChoice};
 use super::session::Line;
 use super::status::Status;
 use super::stores::Stores;
-use crate::broker::{AmqpOptions, Broker, Declare, Destination, NatsOptions};
+use crate::broker::{AmqpOptions, Broker, Declare, Destination, HoldSteps, NatsOptions};
 use crate::dedup::{DedupLayer, SharedStore, StorePolicy, Suspects};
 use crate::delivery::BoxFuture;
 use crate::handler::{Arguments, Handled, Handler, HandlerService, Needs};
 use crate::pause::Gate;
 use crate::pipeline::{Inner, Pipeline};
-use crate::{Backoff, Error, Identity, MissingId, Observer, defaults};
+use crate::redeliver::Again;
+use crate::{Backoff, Error, Failure, Identity, MissingId, Observer, defaults};
 
 /// One queue: where it is, how it is consumed, and the handler of its messages.
 ///
@@ -202,6 +203,13 @@ impl Queue {
         self.set(|config| config.backoff = backoff)
     }
 
+    /// Asks this function first when, and whether, a transient failure is tried again: it is given the failure and
+    /// the attempt, from 1. See [`redeliver`](crate::redeliver) for an example.
+    #[must_use]
+    pub fn retry_policy(self, policy: impl Fn(&Failure, u32) -> Again + Send + Sync + 'static) -> Self {
+        self.set(|config| config.retry_policy = Some(Arc::new(policy)))
+    }
+
     /// In-process tries within one attempt, for short hiccups: 1 by default, that is, no second one.
     #[must_use]
     pub fn tries(self, tries: u32) -> Self {
@@ -236,10 +244,14 @@ impl Queue {
         self.set(|config| config.pause_hold = hold)
     }
 
-    /// AMQP: the one hold step, by which delayed messages come back: 5 s by default.
+    /// AMQP: the hold steps, of which every delay is made: 500 ms × 4 up to 24 days by default, each a queue that
+    /// is made when it is first needed; with an exact [`backoff`](Self::backoff), its delays as well.
     #[must_use]
-    pub fn hold(self, step: Duration) -> Self {
-        self.set(|config| config.spec.hold = step)
+    pub fn hold_steps(self, steps: impl IntoIterator<Item = Duration>) -> Self {
+        self.set(|config| {
+            config.spec.holds = HoldSteps::new(steps);
+            config.own_holds = true;
+        })
     }
 
     /// What only RabbitMQ needs to know.
@@ -280,6 +292,7 @@ impl Queue {
     ) -> Result<Run, Error> {
         let Self { mut config, start } = self;
         config.check()?;
+        config.fit_holds();
         let start = start.ok_or_else(|| ConfigError::NoHandler { queue: config.spec.name.clone() })?;
         let counters = status
             .add(&config.spec.name)

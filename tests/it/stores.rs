@@ -12,5 +12,7 @@ mod near;
 mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
+#[cfg(any(feature = "redis", feature = "postgres", feature = "nats", feature = "durable"))]
+mod servers;
 mod swap;
 mod url;

@@ -211,7 +211,8 @@ fn failed(what: &str, error: RedisError) -> StoreError {
     StoreError::new(format!("Redis did not {what}: {}", advice(&error))).with_source(error)
 }
 
-const RIGHTS: &str = "the user may not; it needs +evalsha +eval +time +get +set +del on the prefix's keys";
+const RIGHTS: &str = "the user may not; it needs +evalsha +eval +time +get +set +del on the prefix's keys \
+    (in a cluster also +ping +cluster|slots, by Sentinel +role)";
 
 /// What to do about it.
 fn advice(error: &RedisError) -> &'static str {

@@ -13,20 +13,20 @@ pub(super) struct Transition {
 }
 
 macro_rules! transition {
-    ($name:ident, $file:literal) => {
+    ($name:ident: $($file:literal)+) => {
         pub(super) static $name: Transition = Transition {
-            text: concat!(include_str!("record.lua"), include_str!($file)),
+            text: concat!($(include_str!($file)),+),
             hash: LazyLock::new(|| Script::new($name.text).get_hash().to_owned()),
         };
     };
 }
 
-transition!(CLAIM, "claim.lua");
-transition!(RENEW, "renew.lua");
-transition!(COMPLETE, "complete.lua");
-transition!(RELEASE, "release.lua");
-transition!(INSPECT, "inspect.lua");
-transition!(FORGET, "forget.lua");
+transition!(CLAIM: "record.lua" "claim.lua" "keep.lua");
+transition!(RENEW: "record.lua" "renew.lua" "keep.lua");
+transition!(COMPLETE: "record.lua" "complete.lua" "keep.lua");
+transition!(RELEASE: "record.lua" "release.lua" "keep.lua");
+transition!(INSPECT: "record.lua" "inspect.lua");
+transition!(FORGET: "record.lua" "forget.lua");
 
 impl Transition {
     /// Runs it on one key. By its hash; a server that does not know it (new, restarted, flushed, failed over)

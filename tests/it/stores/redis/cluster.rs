@@ -7,7 +7,7 @@ use guestlist::dedup::{DedupStore, RedisStore};
 
 use super::server::{Plain, Server, key, until};
 
-const HOUR: Duration = Duration::from_hours(1);
+const HOUR: Duration = Duration::from_secs(3600);
 
 fn ask(token: u128) -> Ask {
     Ask::new(Token::from_bits(token), HOUR, HOUR)
@@ -90,6 +90,23 @@ async fn a_cluster_is_one_store() {
     assert!(store.forget(&key(1)).await.unwrap());
     assert!(!other.forget(&key(1)).await.unwrap());
     assert!(format!("{store:?}").contains("redis+cluster://127.0.0.1:"), "{store:?}");
+}
+
+/// As `docs/stores/redis.md` lists them.
+const RIGHTS: &str = "on >secret ~guestlist:* +evalsha +eval +time +get +set +del";
+
+#[tokio::test]
+async fn a_user_of_a_cluster_needs_no_more_than_the_page_lists() {
+    let cluster = Cluster::start().await;
+    for node in &cluster.0 {
+        let () = node.plain().await.ask(&format!("ACL SETUSER app {RIGHTS} +ping +cluster|slots")).await;
+    }
+    let url = format!("redis+cluster://app:secret@127.0.0.1:{}", cluster.0[0].port);
+    let store = RedisStore::connect(&url).await.unwrap();
+    for number in 1..20 {
+        finish(&store, number).await;
+        assert!(is_done(&store, number).await);
+    }
 }
 
 #[tokio::test]
@@ -202,6 +219,20 @@ async fn a_failover_by_sentinel_is_followed_and_suppresses_nothing() {
     finish(&store, 5).await;
     let again = RedisStore::connect(&watched.url()).await.unwrap();
     assert!(is_done(&again, 5).await);
+}
+
+#[tokio::test]
+async fn a_user_by_sentinel_needs_no_more_than_the_page_lists() {
+    let watched = Watched::start().await;
+    let () = watched.master.plain().await.ask(&format!("ACL SETUSER app {RIGHTS} +role")).await;
+    let sentinel = watched.sentinel.plain().await;
+    let () = sentinel.ask("ACL SETUSER watcher on >other +role +sentinel|masters").await;
+    let () = sentinel.ask("ACL SETUSER default off").await;
+    let url = watched.url().replace("//", "//app:secret@");
+    let told = RedisStore::connect(&url).await.unwrap_err().to_string();
+    assert!(!told.contains("secret"), "{told}");
+    let store = RedisStore::builder(url).sentinel_login("watcher", "other").connect().await.unwrap();
+    finish(&store, 1).await;
 }
 
 #[tokio::test]

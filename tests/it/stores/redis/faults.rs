@@ -10,7 +10,7 @@ use super::proxy::Proxy;
 use super::server::{PATIENCE, Plain, Server, command, key, own_store, until};
 use crate::support::LogCapture;
 
-const HOUR: Duration = Duration::from_hours(1);
+const HOUR: Duration = Duration::from_secs(3600);
 
 fn ask(token: u128) -> Ask {
     Ask::new(Token::from_bits(token), HOUR, HOUR)

@@ -7,7 +7,7 @@ use guestlist::dedup::{DedupStore, RedisStore, StoreError};
 
 use super::server::{Plain, key, own_store};
 
-const HOUR: Duration = Duration::from_hours(1);
+const HOUR: Duration = Duration::from_secs(3600);
 const TOKEN: Token = Token::from_bits(u128::MAX - 1);
 const RUN: Run = Run { token: TOKEN, fence: Fence(1) };
 

@@ -117,9 +117,22 @@ impl Server {
         Self::start_as("sentinel", config).await
     }
 
+    /// Starts one that speaks TLS too, on the port that is returned, with the certificates of the brokers.
+    pub(super) async fn start_with_tls(config: &str) -> (Self, u16) {
+        let port = free_port();
+        let files = "tls-cert-file server.pem\ntls-key-file server.key\ntls-ca-cert-file ca.pem";
+        (Self::start(&format!("tls-port {port}\n{files}\n{config}")).await, port)
+    }
+
     async fn start_as(kind: &'static str, config: &str) -> Self {
         let dir = std::env::temp_dir().join(unique("guestlist-redis"));
-        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::create_dir_all(dir.join("redis")).unwrap();
+        if config.contains("tls-port") {
+            // Where it looks for them, also from within a root folder of its own.
+            for name in ["server.pem", "server.key", "ca.pem"] {
+                std::fs::write(dir.join("redis").join(name), certificate(name)).unwrap();
+            }
+        }
         let file = dir.join("more.conf");
         std::fs::write(&file, config).unwrap();
         let port = free_port();
@@ -190,6 +203,11 @@ fn run(kind: &str, port: u16, dir: &Path, config: &Path) -> Child {
     let out = std::fs::File::create(dir.join("out")).unwrap();
     command.stdin(Stdio::null()).stdout(out.try_clone().unwrap()).stderr(out);
     command.spawn().unwrap()
+}
+
+/// A certificate or key of those that the brokers have.
+pub(super) fn certificate(name: &str) -> Vec<u8> {
+    std::fs::read(PathBuf::from(env("GUESTLIST_TLS_DIR")).join(name)).unwrap()
 }
 
 /// Low enough that a cluster's bus (10000 above) is a port too.
