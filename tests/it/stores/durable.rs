@@ -53,6 +53,11 @@ fn folder_of_child() -> PathBuf {
     std::env::var_os(FOLDER).expect("run as a child of another test").into()
 }
 
+/// Waits until the last handle that was dropped has let go of the folder.
+fn until_free(folder: &Path) {
+    fs::File::open(folder.join("guestlist.lock")).unwrap().lock().unwrap();
+}
+
 fn key(number: u64) -> DedupKey {
     let mut key = [0; 16];
     key[..8].copy_from_slice(&number.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes());
@@ -181,6 +186,7 @@ async fn a_second_opening_says_who_has_it() {
 
     handle(&store, 1).await.unwrap();
     drop(store);
+    until_free(&temp.0);
     handle(&temp.open().await, 2).await.unwrap();
 }
 
@@ -230,7 +236,6 @@ async fn no_other_user_can_read_it() {
 #[tokio::test]
 async fn what_was_never_finished_is_made_anew() {
     let temp = Temp::new();
-    drop(temp.open().await);
     let store = temp.open().await;
     store.close().await.unwrap();
     fs::rename(temp.0.join("data"), temp.0.join("new")).unwrap();

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use fjall::AbstractTree;
 use proptest::prelude::*;
 
 use super::actor::Actor;
@@ -173,6 +174,28 @@ fn what_is_unsure_is_read_anew() {
     let answer = until_it_works(&mut actor, 1, 1);
     assert!(matches!(answer, Claim::Acquired { attempt: 1, .. }), "the same claim: {answer:?}");
     assert!(matches!(claim(&mut actor, 1, 2).unwrap(), Claim::InProgress { .. }));
+    assert_eq!(plug.opened(), 2, "from the disk, and not from memory");
+}
+
+/// fjall would take the writes and keep them in memory until its workers come back.
+#[test]
+fn writers_wait_for_workers_that_are_behind_and_not_for_ever() {
+    let temp = Temp::new();
+    let settings = Settings { cache: 1 << 20, memtable: 1 << 16, garbage_after: 0, clock: Arc::default() };
+    let mut disk = Fjall::open(&Folder::open(&temp.0).unwrap(), &settings).unwrap();
+    let tree = disk.tree();
+    let stuck = tree.get_flush_lock();
+    let mut write = |number: u16| {
+        disk.write(vec![(number.to_be_bytes().to_vec(), Some(vec![7; 4_096]))], Durability::Process)
+    };
+    let error =
+        (0..4_096).find_map(|number| write(number).err()).expect("16 MiB fit into a memory of 64 KiB");
+    assert!(error.to_string().contains("too slow"), "{error}");
+    drop(stuck);
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while write(0).is_err() {
+        assert!(std::time::Instant::now() < deadline, "it does not go on");
+    }
 }
 
 #[test]
@@ -228,13 +251,15 @@ fn time_does_not_go_back_when_the_wall_clock_does() {
     let ahead = Clock::start(0).now() + hour;
     let mut past = Ledger::open(plug.disk(), Durability::Process, 1, ahead, ahead).unwrap();
     let (call, mut answer) = Call::new(key(1), Kind::Claim, |machine, record| machine.claim(record, &ask(1)));
-    past.apply(ahead, &mut [call]).unwrap();
-    assert!(answer.try_recv().is_err(), "not answered yet");
+    let mut calls = [call];
+    past.apply(ahead + 400_000, &mut calls).unwrap();
+    calls.into_iter().for_each(Step::answer);
+    let last = fence_of(answer.try_recv().unwrap().unwrap());
+    assert!(last.0 > ahead);
     let (removal, _answer) = Call::new(key(1), Kind::Removal, |_, _| (None, ()));
-    past.apply(ahead + 1, &mut [removal]).unwrap();
-    let mut actor = plug.actor();
-    let fence = fence_of(claim(&mut actor, 1, 2).unwrap());
-    assert!(fence.0 > ahead, "the fence of a forgotten claim was {ahead}, the next is {fence:?}");
+    past.apply(ahead + 500_000, &mut [removal]).unwrap();
+    let fence = fence_of(claim(&mut plug.actor(), 1, 2).unwrap());
+    assert!(fence > last, "{fence:?} after {last:?}, of a claim that was forgotten");
 }
 
 /// F16: and the other way: a clock that was set ahead ends windows early, and nothing else.
