@@ -117,7 +117,7 @@ async fn attempts_and_suspicion_survive_restarts() {
         let alone = Ask { alone: true, ..ask() };
         match store.claim(&key(1), &alone).await.unwrap() {
             Claim::Acquired { attempt: counted, before: Before::Vanished, .. } => {
-                assert_eq!(counted, attempt)
+                assert_eq!(counted, attempt);
             }
             other => panic!("{other:?}"),
         }
