@@ -58,7 +58,7 @@ impl Backoff {
     pub fn delay(&self, n: u32) -> Duration {
         let factor = self.factor.checked_pow(n.saturating_sub(1)).unwrap_or(u32::MAX);
         let delay = self.base.saturating_mul(factor).min(self.cap);
-        if self.jitter { delay.mul_f64(rand::random()) } else { delay }
+        if self.jitter { delay.mul_f64(crate::random::unit()) } else { delay }
     }
 
     /// The longest delay there is.

@@ -90,3 +90,15 @@ pub const MEMORY_STORE_IDS: u64 = 1_000_000;
 pub fn prefetch(concurrency: usize) -> u16 {
     u16::try_from(concurrency.saturating_mul(3).div_ceil(2)).unwrap_or(u16::MAX)
 }
+
+/// What the keys of a `RedisStore` begin with.
+pub const REDIS_PREFIX: &str = "guestlist:";
+
+/// Connecting to Redis, with TLS and login, may take this long: 3 s.
+pub const REDIS_CONNECT: Duration = Duration::from_secs(3);
+
+/// An answer of Redis that takes longer is not waited for, and the connection is replaced: 3 s.
+///
+/// Below the default deadline of a store call (5 s, see [`STORE_CALLS_PER_LEASE`]), above what Redis may stall
+/// for a slow disk (2 s with `appendfsync everysec`).
+pub const REDIS_ANSWER: Duration = Duration::from_secs(3);

@@ -5,6 +5,7 @@ use std::fmt;
 use crate::BoxError;
 use crate::broker::{BrokerError, BrokerErrorKind};
 use crate::consumer::ConfigError;
+use crate::dedup::StoreError;
 
 /// Why a consumer did not start, or gave up.
 ///
@@ -23,6 +24,8 @@ pub enum ErrorKind {
     Config,
     /// The broker does not answer, or refuses.
     Broker,
+    /// The store does not answer, or refuses.
+    Store,
     /// A queue's loop ended by itself. A bug, of ours or of an observer's.
     Loop,
 }
@@ -30,6 +33,12 @@ pub enum ErrorKind {
 impl Error {
     pub(crate) fn url(what: impl Into<String>) -> Self {
         Self { kind: ErrorKind::Config, what: what.into(), source: None }
+    }
+
+    /// The store that a queue names by its URL, which is not shown: it may hold a password.
+    pub(crate) fn store_of(queue: &str, error: StoreError) -> Self {
+        let what = format!("the store of queue `{queue}`");
+        Self { kind: ErrorKind::Store, what, source: Some(error.into()) }
     }
 
     pub(crate) fn loop_ended(error: tokio::task::JoinError) -> Self {
@@ -66,6 +75,12 @@ impl From<ConfigError> for Error {
 impl From<BrokerError> for Error {
     fn from(error: BrokerError) -> Self {
         Self { kind: ErrorKind::Broker, what: "the broker".to_owned(), source: Some(error.into()) }
+    }
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Self {
+        Self { kind: ErrorKind::Store, what: "the store".to_owned(), source: Some(error.into()) }
     }
 }
 

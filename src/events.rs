@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use crate::dedup::protocol::{Before, Release, Run};
+use crate::identity::Identified;
 use crate::{Cause, DedupKey, Disposition, Message, Outcome};
 
 /// A transition of one delivery. Holds no payload, header or raw id.
@@ -21,8 +22,17 @@ pub struct Event {
     pub key: Option<DedupKey>,
     /// The claim, while there is one.
     pub run: Option<Run>,
+    /// When the claim ends unless it is renewed, in its claimant's own view: never later than in the store's.
+    pub lease_ends: Option<Instant>,
     /// The attempt: counted by the store under a claim, else a hint.
     pub attempt: u32,
+    /// How many times an operator sent the id back to work.
+    pub generation: u32,
+    /// 32 bits of a hash of key and body, if the queue compares bodies: two bodies of one id
+    /// are told apart by it. Not a secret: who guesses the body can confirm the guess.
+    pub body: Option<u32>,
+    /// Why a delivery was returned, or could not be settled.
+    pub cause: Option<Cause>,
     /// What happened.
     pub kind: EventKind,
 }
@@ -39,7 +49,7 @@ pub enum EventKind {
     Claimed(Before),
     /// Its id is done already.
     Duplicate,
-    /// It waits for another holder of its id.
+    /// It waits for another claimant of its id.
     Waited,
     /// The handler started.
     Started,
@@ -55,6 +65,8 @@ pub enum EventKind {
     Released(Release),
     /// The claim was lost.
     LeaseLost,
+    /// The store has no record of a claim in hand: it lost it.
+    Forgotten,
     /// A copy is with the dead letters, confirmed and routed.
     Copied,
     /// The broker was told to forget it, for this reason.
@@ -81,6 +93,7 @@ impl EventKind {
             Self::Gap => "gap",
             Self::Released(_) => "released",
             Self::LeaseLost => "lease_lost",
+            Self::Forgotten => "forgotten",
             Self::Copied => "copied",
             Self::Acked(_) => "acked",
             Self::Returned(Disposition::Abandon) => "abandoned",
@@ -96,6 +109,13 @@ pub trait Observer: Send + Sync + 'static {
     fn observe(&self, event: &Event);
 }
 
+/// The claim that an event is about.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Claimant {
+    pub(crate) run: Run,
+    pub(crate) lease_ends: Instant,
+}
+
 /// Where the events of a queue go: to `tracing` (target `guestlist::event`, level trace) and to an observer.
 #[derive(Clone, Default)]
 pub(crate) struct Events(Option<Arc<dyn Observer>>);
@@ -105,16 +125,30 @@ impl Events {
         Self(observer)
     }
 
-    pub(crate) fn emit(&self, message: &Message, run: Option<Run>, kind: EventKind) {
+    pub(crate) fn emit(&self, message: &Message, claimant: Option<Claimant>, kind: EventKind) {
+        self.tell(message, claimant, None, kind);
+    }
+
+    /// How a delivery ended that was not acked, and why.
+    pub(crate) fn emit_because(&self, message: &Message, cause: Option<Cause>, kind: EventKind) {
+        self.tell(message, None, cause, kind);
+    }
+
+    fn tell(&self, message: &Message, claimant: Option<Claimant>, cause: Option<Cause>, kind: EventKind) {
         if self.0.is_none() && !tracing::enabled!(target: "guestlist::event", tracing::Level::TRACE) {
             return;
         }
+        let found = message.identified();
         let event = Event {
             at: Instant::now(),
             delivery: message.delivery_number(),
-            key: message.identified().map(|found| found.key),
-            run,
+            key: found.map(|found| found.key),
+            run: claimant.map(|claimant| claimant.run),
+            lease_ends: claimant.map(|claimant| claimant.lease_ends),
             attempt: message.attempt(),
+            generation: message.generation(),
+            body: found.and_then(Identified::body_mark),
+            cause,
             kind,
         };
         event.trace();
@@ -138,9 +172,10 @@ impl Event {
             detail = ?self.kind,
             delivery = self.delivery,
             key = self.key.map(tracing::field::display),
-            token = self.run.map(|run| tracing::field::debug(run.token)),
+            // Not the token: it proves ownership.
             fence = self.run.map(|run| run.fence.0),
             attempt = self.attempt,
+            cause = self.cause.map(Cause::name),
         );
     }
 }

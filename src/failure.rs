@@ -3,8 +3,9 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::dedup::{HeldClaim, Release};
-use crate::{BoxError, Disposition};
+use crate::BoxError;
+use crate::dedup::HeldClaim;
+use crate::settlement::Plan;
 
 /// What a handler returns instead of `Ok`: how the work failed, and so what happens next.
 ///
@@ -141,26 +142,6 @@ struct Inner {
     error: BoxError,
     claim: Option<HeldClaim>,
     plan: Option<Plan>,
-}
-
-/// How a failed delivery is going to end, written by the first layer that knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Plan {
-    pub(crate) disposition: Disposition,
-    /// What the claim is released as; without a claim it means nothing.
-    pub(crate) release: Release,
-}
-
-impl Plan {
-    /// Hand the delivery back after a delay, no attempt spent.
-    pub(crate) const fn hand_back(after: Duration) -> Self {
-        Self { disposition: Disposition::Release { after }, release: Release::NotStarted }
-    }
-
-    /// Say nothing good to the broker.
-    pub(crate) const fn abandon(release: Release) -> Self {
-        Self { disposition: Disposition::Abandon, release }
-    }
 }
 
 impl Failure {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::dedup::protocol::Digest;
 use crate::message::Message;
 use crate::{MessageId, defaults};
 
@@ -279,6 +280,20 @@ impl fmt::Debug for Scope {
 pub(crate) struct Identified {
     pub(crate) id: MessageId,
     pub(crate) key: DedupKey,
+    /// Of the body, if the queue compares bodies.
+    pub(crate) digest: Option<Digest>,
+}
+
+impl Identified {
+    /// Tells bodies of one id apart in a log. Mixed with the key, so that equal bodies of two ids look different.
+    pub(crate) fn body_mark(&self) -> Option<u32> {
+        let digest = self.digest?;
+        let mut hash = blake3::Hasher::new_derive_key("guestlist 2026 body mark");
+        hash.update(self.key.as_bytes());
+        hash.update(&digest.to_le_bytes());
+        let [a, b, c, d, ..] = *hash.finalize().as_bytes();
+        Some(u32::from_le_bytes([a, b, c, d]))
+    }
 }
 
 /// Why an id is not good enough: it is longer than [`MAX_ID`](defaults::MAX_ID) bytes.

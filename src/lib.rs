@@ -60,8 +60,10 @@ mod identity;
 mod message;
 mod pause;
 mod pipeline;
+mod random;
 pub mod redeliver;
 pub mod retry;
+pub mod settlement;
 mod signal;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -115,6 +117,8 @@ pub mod prelude {
 pub mod _docs {
     #[doc = include_str!("../docs/design.md")]
     pub mod design {}
+    #[doc = include_str!("../docs/stores/near_cache.md")]
+    pub mod near_cache {}
 }
 
 #[cfg(doctest)]

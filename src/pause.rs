@@ -1,10 +1,10 @@
 //! The gate of a queue: closed while its store or its dead-letter destination is away.
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::clock::after;
@@ -18,8 +18,15 @@ pub(crate) enum Away {
 
 /// One gate per queue. Whoever finds something away closes it; whoever is answered again opens
 /// it; the consumer stops pulling while it is closed, and gives up what it holds in the end.
-#[derive(Clone, Debug)]
-pub(crate) struct Gate(Arc<watch::Sender<State>>);
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Gate(Arc<Shared>);
+
+/// Not a `watch` channel: that wakes those who wait in random order, and a run could not be played again.
+#[derive(Debug, Default)]
+struct Shared {
+    state: RwLock<State>,
+    changed: Notify,
+}
 
 #[derive(Clone, Copy, Debug, Default)]
 struct State {
@@ -48,31 +55,25 @@ impl State {
     }
 }
 
-impl Default for Gate {
-    fn default() -> Self {
-        Self(Arc::new(watch::Sender::new(State::default())))
-    }
-}
-
 impl Gate {
     pub(crate) fn close(&self, who: Away) {
-        self.0.send_if_modified(|state| state.set(who, true));
+        self.change(|state| state.set(who, true));
     }
 
     pub(crate) fn open(&self, who: Away) {
         // Read first: opening an open gate is the common case, and must not lock for writing.
         if self.is_closed() {
-            self.0.send_if_modified(|state| state.set(who, false));
+            self.change(|state| state.set(who, false));
         }
     }
 
     pub(crate) fn is_closed(&self) -> bool {
-        self.0.borrow().closed()
+        self.0.state().closed()
     }
 
     /// Who is away, for the status.
     pub(crate) fn away(&self) -> Option<Away> {
-        let state = *self.0.borrow();
+        let state = self.0.state();
         match state {
             State { store_away: true, .. } => Some(Away::Store),
             State { dead_letters_away: true, .. } => Some(Away::DeadLetters),
@@ -89,17 +90,18 @@ impl Gate {
     pub(crate) async fn closed_for(&self, hold: Duration) {
         loop {
             self.until(State::closed).await;
-            let since = self.0.borrow().since.unwrap_or_else(Instant::now);
+            let since = self.0.state().since.unwrap_or_else(Instant::now);
             tokio::select! {
-                () = tokio::time::sleep_until(after(since, hold)) => return,
+                biased;
                 () = self.opened() => {}
+                () = tokio::time::sleep_until(after(since, hold)) => return,
             }
         }
     }
 
     /// The consumer asks the broker for no more: what is in hand may be let go.
     pub(crate) fn give_up(&self) {
-        self.0.send_modify(|state| state.given_up = true);
+        self.change(|state| !std::mem::replace(&mut state.given_up, true));
     }
 
     /// Ends when the consumer has given up.
@@ -109,18 +111,40 @@ impl Gate {
 
     /// A new subscription tries its luck.
     pub(crate) fn reset(&self) {
-        self.0.send_modify(|state| *state = State::default());
+        self.change(|state| {
+            *state = State::default();
+            true
+        });
     }
 
     fn until(
         &self,
         done: impl Fn(&State) -> bool + Send + Sync + 'static,
     ) -> impl Future<Output = ()> + Send + 'static {
-        // A sender is kept, so that the wait cannot end by the gate's end.
-        let (gate, mut changes) = (Arc::clone(&self.0), self.0.subscribe());
+        let gate = Arc::clone(&self.0);
         async move {
-            let _ = changes.wait_for(|state| done(state)).await;
-            drop(gate);
+            loop {
+                // Made before the look: it hears of every change from here on.
+                let changed = gate.changed.notified();
+                if done(&gate.state()) {
+                    return;
+                }
+                changed.await;
+            }
         }
+    }
+
+    /// Says so to those who wait, if it was one.
+    fn change(&self, change: impl FnOnce(&mut State) -> bool) {
+        let changed = change(&mut self.0.state.write().unwrap_or_else(PoisonError::into_inner));
+        if changed {
+            self.0.changed.notify_waiters();
+        }
+    }
+}
+
+impl Shared {
+    fn state(&self) -> State {
+        *self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -132,6 +132,7 @@ impl Pipeline {
     pub fn new(queue: Queue, broker: Arc<dyn Broker>) -> Result<Self, ConfigError> {
         let config = queue.into_config();
         config.check()?;
+        config.check_connected()?;
         Ok(Self::of(config, broker, Gate::default(), TaskTracker::new()))
     }
 
@@ -207,6 +208,7 @@ fn dedup(
         .into_layer(config.store(), scope)
         .with_waiters(waiters)
         .with_pause_hold(config.pause_hold)
+        .with_longest_backoff(config.backoff.cap())
         .with_gate(gate.clone())
         .with_events(events.clone())
         .with_cancellation(needs.cancellation)

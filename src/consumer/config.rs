@@ -16,7 +16,7 @@ use crate::{Backoff, MissingId, Observer, defaults};
 pub(crate) struct QueueConfig {
     pub(crate) spec: QueueSpec,
     pub(crate) scope: Option<String>,
-    pub(crate) store: Option<Arc<dyn DedupStore>>,
+    pub(crate) store: StoreChoice,
     pub(crate) dedup: DedupConfig,
     pub(crate) backoff: Backoff,
     pub(crate) tries: u32,
@@ -25,6 +25,16 @@ pub(crate) struct QueueConfig {
     pub(crate) pause_hold: Duration,
     pub(crate) reject_failed: bool,
     pub(crate) observer: Option<Arc<dyn Observer>>,
+}
+
+/// Which store a queue uses.
+#[derive(Clone)]
+pub(crate) enum StoreChoice {
+    /// The consumer's.
+    Default,
+    Given(Arc<dyn DedupStore>),
+    /// The one at this URL, which may hold a password.
+    At(String),
 }
 
 /// The settings of dedup, before there is a store and a scope. Changes are kept as a function
@@ -77,7 +87,7 @@ impl QueueConfig {
         Self {
             spec: QueueSpec::new(name),
             scope: None,
-            store: None,
+            store: StoreChoice::Default,
             dedup: DedupConfig::default(),
             backoff: Backoff::attempts(),
             tries: defaults::TRIES,
@@ -89,8 +99,20 @@ impl QueueConfig {
         }
     }
 
+    /// Where nobody has chosen one, the queue has one in memory for itself.
     pub(crate) fn store(&self) -> Arc<dyn DedupStore> {
-        self.store.clone().unwrap_or_else(|| Arc::new(MemoryStore::new()))
+        match &self.store {
+            StoreChoice::Given(store) => Arc::clone(store),
+            StoreChoice::Default | StoreChoice::At(_) => Arc::new(MemoryStore::new()),
+        }
+    }
+
+    /// Only a consumer connects: a store that nobody would connect to must not be replaced silently.
+    pub(crate) fn check_connected(&self) -> Result<(), ConfigError> {
+        match self.store {
+            StoreChoice::At(_) => Err(ConfigError::StoreUrl { queue: self.spec.name.clone() }),
+            StoreChoice::Default | StoreChoice::Given(_) => Ok(()),
+        }
     }
 
     /// Refuses what is unsafe, and warns of what is risky.
@@ -205,6 +227,14 @@ pub enum ConfigError {
         window: Duration,
         /// Its lease.
         lease: Duration,
+    },
+    /// A store is named by its URL, and nobody is there to connect to it.
+    #[error(
+        "queue `{queue}` names its store by URL, which only a `Consumer` connects to: use `.store(guestlist::dedup::connect(…).await?)`"
+    )]
+    StoreUrl {
+        /// The queue.
+        queue: String,
     },
     /// A hold step of nothing.
     #[error("queue `{queue}` has a hold step of zero: delayed messages would come straight back")]

@@ -1,6 +1,6 @@
 //! Heartbeats to brokers that have a deadline for each delivery.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -17,7 +17,7 @@ pub(super) struct Heartbeats {
     every: Duration,
     /// Brokers without a deadline need none.
     wanted: bool,
-    in_hand: Mutex<HashMap<u64, Heartbeat>>,
+    in_hand: Mutex<BTreeMap<u64, Heartbeat>>,
     next: AtomicU64,
 }
 
@@ -46,7 +46,7 @@ impl Heartbeats {
         InHand { heartbeats: Arc::clone(self), number, _place: place }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Heartbeat>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Heartbeat>> {
         self.in_hand.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

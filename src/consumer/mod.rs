@@ -9,6 +9,7 @@ mod queue;
 mod session;
 mod settle;
 mod status;
+mod stores;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,12 +19,12 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::config::ConfigError;
 pub(crate) use self::config::QueueConfig;
+use self::config::StoreChoice;
 pub use self::queue::Queue;
 pub use self::settle::disposition;
 pub use self::status::{QueueStatus, State, Status};
+use self::stores::Stores;
 use crate::broker::Broker;
-use crate::dedup::DedupStore;
-use crate::dedup::MemoryStore;
 use crate::{Error, defaults};
 
 /// Consumes any number of queues of one broker, each with its handler and its settings.
@@ -52,7 +53,7 @@ use crate::{Error, defaults};
 pub struct Consumer {
     broker: Arc<dyn Broker>,
     queues: Vec<Queue>,
-    store: Option<Arc<dyn DedupStore>>,
+    stores: Stores,
     drain: Duration,
     status: Status,
 }
@@ -78,8 +79,8 @@ impl Consumer {
 
     /// As [`new`](Self::new), for a broker that is shared.
     pub fn over(broker: Arc<dyn Broker>) -> Self {
-        let (queues, store, status) = (Vec::new(), None, Status::default());
-        Self { broker, queues, store, drain: defaults::DRAIN, status }
+        let (queues, stores, status) = (Vec::new(), Stores::default(), Status::default());
+        Self { broker, queues, stores, drain: defaults::DRAIN, status }
     }
 
     /// Consumes this queue as well.
@@ -90,10 +91,17 @@ impl Consumer {
     }
 
     /// The store for queues that name none of their own. By default they share one
-    /// [`MemoryStore`]: read there what it does not promise.
+    /// [`MemoryStore`](crate::dedup::MemoryStore): read there what it does not promise.
     #[must_use]
     pub fn store(mut self, store: impl Into<crate::dedup::SharedStore>) -> Self {
-        self.store = Some(store.into().into_arc());
+        self.stores.default = StoreChoice::Given(store.into().into_arc());
+        self
+    }
+
+    /// The store at this URL for queues that name none of their own; see [`Queue::store_url`].
+    #[must_use]
+    pub fn store_url(mut self, url: impl Into<String>) -> Self {
+        self.stores.default = StoreChoice::At(url.into());
         self
     }
 
@@ -128,8 +136,8 @@ impl Consumer {
     ///
     /// # Errors
     ///
-    /// Before it consumes anything: a queue's settings do not fit together, or the broker lacks
-    /// what a queue needs. Later: a queue could not be consumed for about five minutes. The
+    /// Before it consumes anything: a queue's settings do not fit together, its store cannot be
+    /// connected to, or the broker lacks what a queue needs. Later: a queue could not be consumed for about five minutes. The
     /// other queues are stopped gracefully first.
     ///
     /// # Cancel safety
@@ -137,11 +145,10 @@ impl Consumer {
     /// Dropped before it ends, it loses nothing: handlers are interrupted, their claims are
     /// released or run out, and the broker delivers again what was not acked.
     pub async fn run_until(self, stop: impl Future<Output = ()> + Send) -> Result<(), Error> {
-        let Self { broker, queues, store, drain, status } = self;
-        let store = store.unwrap_or_else(|| Arc::new(MemoryStore::new()));
+        let Self { broker, queues, mut stores, drain, status } = self;
         let mut starts = Vec::new();
         for queue in queues {
-            starts.push(queue.prepare(&broker, &store, &status, drain).await?);
+            starts.push(queue.prepare(&broker, &mut stores, &status, drain).await?);
         }
         if starts.is_empty() {
             return Err(ConfigError::NoQueue.into());
@@ -165,6 +172,7 @@ async fn run_all(
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), Error> {
     let first = tokio::select! {
+        biased;
         () = stop => Ok(()),
         Some(ended) = running.join_next() => flatten(ended),
     };

@@ -8,11 +8,12 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::config::{ConfigError, QueueConfig};
+use super::config::{ConfigError, QueueConfig, StoreChoice};
 use super::session::Line;
 use super::status::Status;
+use super::stores::Stores;
 use crate::broker::{AmqpOptions, Broker, Declare, Destination, NatsOptions};
-use crate::dedup::{DedupLayer, DedupStore, SharedStore, StorePolicy, Suspects};
+use crate::dedup::{DedupLayer, SharedStore, StorePolicy, Suspects};
 use crate::delivery::BoxFuture;
 use crate::handler::{Arguments, Handled, Handler, HandlerService, Needs};
 use crate::pause::Gate;
@@ -115,7 +116,19 @@ impl Queue {
     /// The store for this queue's ids, instead of the consumer's.
     #[must_use]
     pub fn store(self, store: impl Into<SharedStore>) -> Self {
-        self.set(|config| config.store = Some(store.into().into_arc()))
+        self.set(|config| config.store = StoreChoice::Given(store.into().into_arc()))
+    }
+
+    /// The store at this URL, as [`dedup::connect`](crate::dedup::connect) knows it. The consumer connects
+    /// when it starts; queues with the same URL share a connection, and with `memory:` a store.
+    ///
+    /// ```
+    /// # use guestlist::prelude::*;
+    /// let charges = Queue::new("charges").dead_letter("charges.dead").store_url("redis://localhost");
+    /// ```
+    #[must_use]
+    pub fn store_url(self, url: impl Into<String>) -> Self {
+        self.set(|config| config.store = StoreChoice::At(url.into()))
     }
 
     /// How long a completed id is remembered: an hour by default. Longer than any copy can be late.
@@ -261,17 +274,17 @@ impl Queue {
     pub(super) async fn prepare(
         self,
         broker: &Arc<dyn Broker>,
-        store: &Arc<dyn DedupStore>,
+        stores: &mut Stores,
         status: &Status,
         drain: Duration,
     ) -> Result<Run, Error> {
         let Self { mut config, start } = self;
         config.check()?;
-        config.store.get_or_insert_with(|| Arc::clone(store));
         let start = start.ok_or_else(|| ConfigError::NoHandler { queue: config.spec.name.clone() })?;
         let counters = status
             .add(&config.spec.name)
             .ok_or_else(|| ConfigError::Twice { queue: config.spec.name.clone() })?;
+        config.store = StoreChoice::Given(stores.of(&config).await?);
         let (gate, background) = (Gate::default(), TaskTracker::new());
         let pipeline = Pipeline::of(config.clone(), Arc::clone(broker), gate.clone(), background.clone());
         let line = Line::new(config.clone(), Arc::clone(broker), gate, background, counters, drain);

@@ -18,9 +18,9 @@ use super::status::{Counters, State};
 use crate::backoff::Backoff;
 use crate::broker::{Broker, BrokerError, Subscription};
 use crate::events::{EventKind, Events};
-use crate::failure::Plan;
 use crate::pause::Gate;
 use crate::pipeline::Stack;
+use crate::settlement::Plan;
 use crate::{Acker, BoxError, Cause, Delivery, Error, Failure, Message, defaults};
 
 /// How long futures that are dropped at the end of a drain, and what they hand back, may take.
@@ -104,8 +104,9 @@ impl Line {
                 }
             }
             tokio::select! {
-                () = sleep(Backoff::reconnect().delay(failures.max(3))) => {}
+                biased;
                 () = stopping.cancelled() => return self.finish().await,
+                () = sleep(Backoff::reconnect().delay(failures.max(3))) => {}
             }
         }
     }
@@ -114,14 +115,15 @@ impl Line {
     async fn session<S: Stack>(&self, stack: &mut S, stopping: &CancellationToken) -> (End, Duration) {
         self.gate.reset();
         let mut subscription = tokio::select! {
-            subscribed = self.subscribe() => match subscribed {
-                Ok(subscription) => subscription,
-                Err(error) => return (End::Broken(Some(error)), Duration::ZERO),
-            },
+            biased;
             () = stopping.cancelled() => {
                 let _ = self.finish().await;
                 return (End::Stopped, Duration::ZERO);
             }
+            subscribed = self.subscribe() => match subscribed {
+                Ok(subscription) => subscription,
+                Err(error) => return (End::Broken(Some(error)), Duration::ZERO),
+            },
         };
         self.counters.set(State::Running);
         let began = Instant::now();
@@ -151,6 +153,7 @@ impl Line {
     ) -> End {
         let ended = async {
             tokio::select! {
+                biased;
                 () = stopping.cancelled() => End::Stopped,
                 () = self.gate.closed_for(self.config.pause_hold) => End::Paused,
             }
@@ -298,8 +301,9 @@ impl Line {
         self.tasks.close();
         // Running handlers are not interrupted by a pause; their deliveries are settled when they end.
         let stopped = tokio::select! {
-            _ = timeout(self.drain, self.tasks.wait()) => false,
+            biased;
             () = stopping.cancelled() => true,
+            _ = timeout(self.drain, self.tasks.wait()) => false,
         };
         if stopped {
             self.drain_tasks().await;

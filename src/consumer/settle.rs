@@ -1,14 +1,13 @@
 //! The one place where a delivery ends.
 
 use std::fmt;
-use std::time::Duration;
 
 use super::status::Counters;
 use crate::broker::copy::escape;
-use crate::dedup::Release;
+use crate::dedup::HeldClaim;
 use crate::events::{EventKind, Events};
-use crate::failure::Plan;
-use crate::{Acker, BoxError, Cause, Disposition, Failure, FailureClass, Message, Outcome, defaults};
+use crate::settlement::{self, Plan};
+use crate::{Acker, BoxError, Cause, Disposition, Failure, Message, Outcome, defaults};
 
 /// What becomes of a delivery whose stack answered so: `Ok` is done, and acked; a failure ends as the
 /// layers planned. A failure that no layer planned for is kept: it comes again.
@@ -28,23 +27,8 @@ pub fn disposition(answer: &Result<Outcome, Failure>) -> Disposition {
 
 /// How a failure ends. Without dead letters and redelivery around the stack, nothing is lost either.
 fn plan(failure: &Failure) -> Plan {
-    let planned = failure.plan().unwrap_or_else(|| match failure.class() {
-        FailureClass::Transient => requeue(defaults::BACKOFF_BASE),
-        FailureClass::Permanent => requeue(defaults::BACKOFF_CAP),
-        FailureClass::Deferred(after) => Plan {
-            disposition: Disposition::Release { after },
-            release: Release::Deferred { not_before: after },
-        },
-    });
-    match failure.claim() {
-        // Another holder may have it by now: its delivery is not ours to settle.
-        Some(claim) if !claim.in_force() => Plan::abandon(planned.release),
-        _ => planned,
-    }
-}
-
-const fn requeue(after: Duration) -> Plan {
-    Plan { disposition: Disposition::Requeue { after }, release: Release::Failed { not_before: after } }
+    let planned = failure.plan().unwrap_or_else(|| settlement::unplanned(failure.class()));
+    settlement::in_time(planned, failure.claim().map(HeldClaim::in_force))
 }
 
 impl Acker {
@@ -94,13 +78,14 @@ pub(super) async fn conclude(
     report(message, &answer);
     counters.count(&answer);
     let outcome = answer.as_ref().ok().copied();
+    let cause = answer.as_ref().err().map(Failure::cause);
     let told = acker.conclude(answer.map_err(Failure::into_error)).await;
     let kind = match (&told, outcome) {
         (Err(_), _) => EventKind::Unsettled,
         (Ok(_), Some(outcome)) => EventKind::Acked(outcome),
         (Ok(disposition), None) => EventKind::Returned(*disposition),
     };
-    events.emit(message, None, kind);
+    events.emit_because(message, cause, kind);
     if let Err(error) = told {
         counters.unsettled();
         tracing::warn!(target: "guestlist", delivery = message.delivery_number(), ?error, "the broker could not be told how a delivery ended; it comes again");
@@ -131,11 +116,7 @@ pub(super) struct Interrupted;
 
 impl From<Interrupted> for BoxError {
     fn from(_: Interrupted) -> Self {
-        let plan = Plan {
-            disposition: Disposition::Release { after: Duration::ZERO },
-            release: Release::Interrupted,
-        };
-        Failure::planned(Cause::Interrupted, plan, "the consumer stopped").into_error()
+        Failure::planned(Cause::Interrupted, Plan::interrupted(), "the consumer stopped").into_error()
     }
 }
 

@@ -12,13 +12,13 @@ use crate::backoff::Backoff;
 use crate::broker::copy::DeadLetter;
 use crate::broker::{Broker, BrokerError, BrokerErrorKind, Copy, Destination};
 use crate::clock::from_now;
-use crate::dedup::Release;
+use crate::dedup::{HeldClaim, Release};
 use crate::delivery::BoxFuture;
 use crate::events::{EventKind, Events};
-use crate::failure::Plan;
 use crate::pause::{Away, Gate};
 use crate::pipeline::OutsideDedup;
-use crate::{BoxError, Cause, Disposition, Failure, FailureClass, Message, Outcome, defaults};
+use crate::settlement::{self, Plan};
+use crate::{BoxError, Cause, Failure, FailureClass, Message, Outcome};
 
 /// Middleware that parks what cannot be handled. See the [module docs](super).
 #[derive(Clone)]
@@ -78,10 +78,8 @@ where
 
 impl Letterbox {
     async fn failed(&self, message: Message, failure: Failure) -> Result<Outcome, BoxError> {
-        let handled = match failure.class() {
-            FailureClass::Permanent if failure.plan().is_none() => self.park(&message, failure).await,
-            _ => Err(failure),
-        };
+        let parks = settlement::parks(failure.class(), failure.plan().is_some());
+        let handled = if parks { self.park(&message, failure).await } else { Err(failure) };
         handled.map_err(Failure::into_error)
     }
 
@@ -95,7 +93,7 @@ impl Letterbox {
         if let Err(cause) = self.publish(message, to, &record, &failure).await {
             return Err(kept(failure, cause));
         }
-        self.events.emit(message, failure.claim().map(crate::dedup::HeldClaim::run), EventKind::Copied);
+        self.events.emit(message, failure.claim().map(HeldClaim::claimant), EventKind::Copied);
         if let Some(claim) = failure.take_claim() {
             claim.release(Release::DeadLettered).await;
         }
@@ -130,13 +128,14 @@ impl Letterbox {
             failures += 1;
             self.is_away(to, &error, failures);
             tokio::select! {
-                () = sleep(Backoff::reconnect().delay(failures)) => {}
+                biased;
                 () = self.gate.given_up() => return Err(Cause::DeadLetterDown),
                 () = sleep_until(give_up_at) => {
                     // As in dedup: nobody may be left to try.
                     self.gate.open(Away::DeadLetters);
                     return Err(Cause::DeadLetterDown);
                 }
+                () = sleep(Backoff::reconnect().delay(failures)) => {}
             }
         }
     }
@@ -158,23 +157,16 @@ fn warn_too_large(to: &Destination, error: &BrokerError) {
     );
 }
 
-/// No destination of ours: the broker's own policy decides, and the record says parked.
+/// No destination of ours.
 fn rejected(mut failure: Failure) -> Failure {
-    failure.set_plan(Plan { disposition: Disposition::Reject, release: Release::DeadLettered });
+    failure.set_plan(Plan::reject());
     failure
 }
 
-/// The message stays with the source. The attempt counts if the handler ran.
+/// The message stays with the source.
 fn kept(mut failure: Failure, cause: Cause) -> Failure {
-    let ran = failure.claim().is_some_and(crate::dedup::HeldClaim::ran);
-    let release = |not_before| if ran { Release::Failed { not_before } } else { Release::NotStarted };
+    let ran = failure.claim().is_some_and(HeldClaim::ran);
     failure.reclassify(FailureClass::Transient, cause);
-    failure.set_plan(match cause {
-        Cause::TooLarge => {
-            let after = defaults::BACKOFF_CAP;
-            Plan { disposition: Disposition::Requeue { after }, release: release(after) }
-        }
-        _ => Plan::abandon(release(Duration::ZERO)),
-    });
+    failure.set_plan(settlement::unparked(cause, ran));
     failure
 }

@@ -1,6 +1,6 @@
 //! The claims in hand of one queue: asked for, renewed by one sweep, completed, released.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -18,8 +18,9 @@ use super::suspects::SuspectPermit;
 use crate::backoff::Backoff;
 use crate::clock::{after, from_now};
 use crate::defaults;
-use crate::events::{EventKind, Events};
+use crate::events::{Claimant, EventKind, Events};
 use crate::pause::{Away, Gate};
+use crate::settlement::{Completion, Renewal, completion, ours_to_settle, renewal};
 use crate::{DedupKey, Message};
 
 /// How many renewals are on their way to a remote store at once.
@@ -33,11 +34,19 @@ const AWAY: Duration = Duration::from_secs(1);
 pub(crate) struct Lengths {
     pub(crate) lease: Duration,
     pub(crate) window: Duration,
+    /// The longest backoff that is planned for its failures.
+    pub(crate) backoff: Duration,
     pub(crate) max_run: Duration,
     pub(crate) pause_hold: Duration,
 }
 
 impl Lengths {
+    /// How long an id that is not done stays on record. A window shorter than a backoff must not make
+    /// the store forget the attempts meanwhile: the message would be tried for ever.
+    pub(crate) fn retain(&self) -> Duration {
+        self.window.max(self.backoff.saturating_add(defaults::WINDOW))
+    }
+
     /// Below lease / 3 by law, so that an unknown answer can be asked again within the lease.
     pub(crate) fn store_call(&self) -> Duration {
         self.lease / defaults::STORE_CALLS_PER_LEASE
@@ -60,7 +69,8 @@ pub(crate) struct Claims {
     away_until: Mutex<Option<Instant>>,
     /// What ends claims after whoever held them is gone; a consumer waits for it when it stops.
     background: TaskTracker,
-    table: Mutex<HashMap<u64, Arc<Lease>>>,
+    /// In the order of claiming: so are they renewed.
+    table: Mutex<BTreeMap<u64, Arc<Lease>>>,
     next_slot: AtomicU64,
     sweeping: AtomicBool,
 }
@@ -78,17 +88,6 @@ pub(crate) struct Lease {
     ending: AtomicBool,
     /// While the handler runs: when its renewals end, so that a deadlocked one does not hold its id for ever.
     run_ends: Mutex<Option<Instant>>,
-}
-
-/// What became of a completed run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Completion {
-    /// The id is remembered.
-    Recorded,
-    /// The store did not answer: the work is done, and nobody knows but us.
-    Gap,
-    /// Somebody else has the claim.
-    Lost,
 }
 
 /// Why there is no answer to a claim.
@@ -160,7 +159,7 @@ impl Claims {
                 return Err(NoAnswer(error));
             }
             tokio::select! {
-                () = sleep(Backoff::reconnect().delay(failures)) => {}
+                biased;
                 () = self.gate.given_up() => return Err(NoAnswer(error)),
                 () = sleep_until(give_up_at) => {
                     // Nobody may be left to ask: without a consumer around, the next delivery must find
@@ -168,6 +167,7 @@ impl Claims {
                     self.gate.open(Away::Store);
                     return Err(NoAnswer(error));
                 }
+                () = sleep(Backoff::reconnect().delay(failures)) => {}
             }
         }
     }
@@ -225,7 +225,7 @@ impl Claims {
         let slot = self.next_slot.fetch_add(1, Ordering::Relaxed);
         self.table().insert(slot, Arc::clone(&lease));
         self.start_sweeping();
-        self.events.emit(&lease.message, Some(lease.run), EventKind::Claimed(before));
+        self.events.emit(&lease.message, Some(lease.claimant()), EventKind::Claimed(before));
         HeldClaim::new(Arc::clone(self), lease, slot, attempt, before, permit)
     }
 
@@ -235,32 +235,25 @@ impl Claims {
         self.table().remove(&slot);
     }
 
-    fn table(&self) -> MutexGuard<'_, HashMap<u64, Arc<Lease>>> {
+    fn table(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Lease>>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers the id as done, asking until the lease ends if need be.
-    ///
-    /// A lease that has ended by our own view is asked for as well: until somebody takes it, the
-    /// store still holds it for us, and to give up work that is done would be to repeat it.
+    /// Remembers the id as done, asking until the lease ends if need be, and at least once: a lease
+    /// that has ended by our own view is asked for as well.
     pub(crate) async fn complete(&self, lease: &Lease) -> Completion {
         let window = self.lengths.window;
         let held = match self.store.in_process() {
             Some(store) => Some(store.complete_now(&lease.key, lease.run, window)),
             None => self.until_lease_ends(lease, || self.store.complete(&lease.key, lease.run, window)).await,
         };
-        match held {
-            Some(Held::Yes) => Completion::Recorded,
-            // The store lost the record, and wrote `Done`; nobody else can have had the claim
-            // as long as our own lease held.
-            Some(Held::Gone) if lease.in_force() => Completion::Recorded,
-            Some(Held::Gone | Held::Lost) => {
-                self.lose(lease);
-                Completion::Lost
-            }
-            None if lease.lost() => Completion::Lost,
-            None => Completion::Gap,
+        let completion = completion(held, lease.in_force(), lease.lost());
+        match completion {
+            Completion::Lost => self.lose(lease),
+            Completion::Recorded if held == Some(Held::Gone) => self.forgotten(lease),
+            Completion::Recorded | Completion::Gap => {}
         }
+        completion
     }
 
     /// Gives a claim up; says whether that is how it ended. If not, another holder has it, or
@@ -271,12 +264,14 @@ impl Claims {
             None => self.until_lease_ends(lease, || self.store.release(&lease.key, lease.run, why)).await,
         };
         match held {
-            Some(Held::Yes) => self.events.emit(&lease.message, Some(lease.run), EventKind::Released(why)),
+            Some(Held::Yes) => {
+                self.events.emit(&lease.message, Some(lease.claimant()), EventKind::Released(why));
+            }
             // The store lost the record; the delivery may still end as planned.
-            Some(Held::Gone) => {}
+            Some(Held::Gone) => self.forgotten(lease),
             Some(Held::Lost) | None => self.lose(lease),
         }
-        matches!(held, Some(Held::Yes | Held::Gone))
+        ours_to_settle(held)
     }
 
     /// Asks the same question until there is an answer or the lease ends; at least once.
@@ -372,11 +367,16 @@ impl Claims {
         } else {
             let asked = Instant::now();
             match self.ask_renewal(lease).await {
-                Ok(Held::Yes) => lease.extend(after(asked, self.lengths.lease)),
-                Ok(Held::Lost) if lease.ending() => {}
-                Ok(Held::Lost) => self.lose(lease),
-                // A lost record may come back as somebody else's; until our lease ends, nobody else's can.
-                Ok(Held::Gone) => {}
+                Ok(held) => {
+                    if held == Held::Gone {
+                        self.forgotten(lease);
+                    }
+                    match renewal(held, lease.ending()) {
+                        Renewal::Extended => lease.extend(after(asked, self.lengths.lease)),
+                        Renewal::Lost => self.lose(lease),
+                        Renewal::Unchanged => {}
+                    }
+                }
                 Err(error) => tracing::warn!(target: "guestlist", %error, "a claim could not be renewed"),
             }
         }
@@ -392,9 +392,13 @@ impl Claims {
         }
     }
 
+    fn forgotten(&self, lease: &Lease) {
+        self.events.emit(&lease.message, Some(lease.claimant()), EventKind::Forgotten);
+    }
+
     fn lose(&self, lease: &Lease) {
         if lease.lose() {
-            self.events.emit(&lease.message, Some(lease.run), EventKind::LeaseLost);
+            self.events.emit(&lease.message, Some(lease.claimant()), EventKind::LeaseLost);
         }
     }
 }
@@ -448,6 +452,11 @@ impl Lease {
     /// Whether the holder may act on it: publish, settle, start the handler.
     pub(crate) fn in_force(&self) -> bool {
         !self.lost() && Instant::now() < *lock(&self.ends)
+    }
+
+    /// What events say of it.
+    pub(crate) fn claimant(&self) -> Claimant {
+        Claimant { run: self.run, lease_ends: *lock(&self.ends) }
     }
 
     pub(crate) fn lost(&self) -> bool {

@@ -3,11 +3,12 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::claims::{Claims, Completion, Lease};
+use super::claims::{Claims, Lease};
 use super::protocol::{Before, Release, Run, Token};
 use super::suspects::SuspectPermit;
 use crate::DedupKey;
-use crate::events::EventKind;
+use crate::events::{Claimant, EventKind};
+use crate::settlement::{Completion, Holder};
 
 /// A claim in hand. It ends by `complete` or `release`; dropped, it is released as last said
 /// by [`release_on_drop`](Self::release_on_drop), in a task that outlives whoever dropped it. If
@@ -49,12 +50,18 @@ impl HeldClaim {
         self.attempt
     }
 
-    pub(crate) fn before(&self) -> Before {
-        self.before
+    /// As the settlement rules ask for it.
+    pub(crate) fn holder(&self) -> Holder {
+        Holder { attempt: self.attempt, before: self.before, in_force: self.in_force() }
     }
 
     pub(crate) fn run(&self) -> Run {
         self.lease.run
+    }
+
+    /// What events say of it.
+    pub(crate) fn claimant(&self) -> Claimant {
+        self.lease.claimant()
     }
 
     pub(crate) fn lease(&self) -> &Arc<Lease> {
@@ -134,7 +141,7 @@ impl Claims {
             }
             End::Complete => {
                 if self.complete(lease).await == Completion::Recorded {
-                    self.events.emit(&lease.message, Some(lease.run), EventKind::Completed);
+                    self.events.emit(&lease.message, Some(lease.claimant()), EventKind::Completed);
                 }
             }
         }

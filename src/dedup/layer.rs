@@ -76,7 +76,8 @@ impl DedupLayer {
         self
     }
 
-    /// How long a completed id is remembered.
+    /// How long a completed id is remembered. One that is not done stays on record for an hour longer than
+    /// its longest backoff, at least, so that its attempts are counted to the end.
     #[must_use]
     pub fn with_window(self, window: Duration) -> Self {
         self.set(|settings| settings.lengths.window = window)
@@ -169,6 +170,11 @@ impl DedupLayer {
         self.set(|settings| settings.events = events)
     }
 
+    /// The longest backoff that the layers around it plan.
+    pub(crate) fn with_longest_backoff(self, backoff: Duration) -> Self {
+        self.set(|settings| settings.lengths.backoff = backoff)
+    }
+
     /// Who keeps track of what ends claims after their holders are gone.
     pub(crate) fn with_background(self, background: TaskTracker) -> Self {
         self.set(|settings| settings.background = background)
@@ -185,6 +191,7 @@ impl Default for Settings {
             lengths: Lengths {
                 lease: defaults::LEASE,
                 window: defaults::WINDOW,
+                backoff: defaults::BACKOFF_CAP,
                 max_run: defaults::MAX_RUN,
                 pause_hold: defaults::PAUSE_HOLD,
             },

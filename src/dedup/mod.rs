@@ -51,9 +51,17 @@ pub(crate) use self::guard::HeldClaim;
 pub use self::layer::{DedupLayer, SharedStore, StorePolicy};
 pub use self::protocol::{Before, Fence, Release};
 pub use self::service::Dedup;
-pub use self::store::{DedupStore, InProcessStore, MemoryStore, StoreError, StoreFeatures};
+#[cfg(feature = "nats")]
+pub use self::store::NatsKvStore;
+pub use self::store::{
+    DedupStore, InProcessStore, MemoryStore, NearCache, StoreError, StoreFeatures, connect,
+};
 #[cfg(feature = "durable")]
 pub use self::store::{Durability, DurableStore};
+#[cfg(feature = "postgres")]
+pub use self::store::{PostgresStore, PostgresStoreBuilder};
+#[cfg(feature = "redis")]
+pub use self::store::{RedisStore, RedisStoreBuilder};
 pub use self::suspects::Suspects;
 
 /// What a handler may know of its run.

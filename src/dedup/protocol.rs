@@ -44,7 +44,7 @@ pub struct Token(u128);
 impl Token {
     /// A new token, from a cryptographic generator.
     pub fn random() -> Self {
-        Self(rand::random())
+        Self(crate::random::bits())
     }
 
     /// A token of these bits; for stores that read one back, and for tests.
@@ -151,6 +151,19 @@ pub enum Claim {
         /// The digest on record.
         digest: Option<Digest>,
     },
+}
+
+impl Claim {
+    /// The digest on record.
+    pub const fn digest(&self) -> Option<Digest> {
+        match *self {
+            Self::Acquired { digest, .. }
+            | Self::InProgress { digest, .. }
+            | Self::Parked { digest }
+            | Self::Done { digest } => digest,
+            Self::Suspect => None,
+        }
+    }
 }
 
 /// The answer to renew, complete and release.

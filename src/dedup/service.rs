@@ -11,19 +11,19 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tower_service::Service;
 
-use super::claims::{Claims, Completion, Lease, NoAnswer};
+use super::claims::{Claims, Lease, NoAnswer};
 use super::layer::{Settings, StorePolicy};
-use super::protocol::{Ask, Before, Claim, Digest, Run, Token};
+use super::protocol::{Ask, Before, Digest, Run, Token};
 use super::store::DedupStore;
 use super::suspects::SuspectPermit;
 use super::{HeldClaim, Release, RunContext};
 use crate::clock::{after, from_now};
 use crate::delivery::BoxFuture;
 use crate::events::EventKind;
-use crate::failure::Plan;
 use crate::handler::caught;
 use crate::identity::{self, Identified};
 use crate::pipeline::InsideDedup;
+use crate::settlement::{self, Admission, Completion, Plan, Refusal, Verdict};
 use crate::{
     BoxError, Cause, DedupKey, Failure, FailureClass, Message, MessageId, MissingId, Outcome, Scope,
 };
@@ -174,7 +174,8 @@ impl Door {
             return Err(invalid_id(&id));
         }
         let key = self.scope.key(&id);
-        message.identify(Identified { id, key });
+        let digest = self.settings.compare_bodies.then(|| digest(message));
+        message.identify(Identified { id, key, digest });
         self.claims.events.emit(message, None, EventKind::Identified);
         Ok(Some(key))
     }
@@ -191,20 +192,19 @@ impl Door {
             Ok(answer) => answer,
             Err(error) => return self.without_store(error),
         };
-        match claim {
-            Claim::Acquired { fence, attempt, before, digest } => {
+        let same_body = conflict(ask.digest, claim.digest());
+        match settlement::admission(claim) {
+            Admission::Run { fence, attempt, before } => {
                 let run = Run { token: ask.token, fence };
                 let held = self.take(key, run, message, asked, attempt, before, permit);
-                conflict(ask.digest, digest)?;
-                Ok(Answer::Acquired(held))
+                same_body.map(|()| Answer::Acquired(held))
             }
-            Claim::InProgress { left, digest } => {
-                conflict(ask.digest, digest)?;
-                Ok(Answer::Blocked(Obstacle::InProgress(from_now(left))))
+            Admission::Wait { left } => {
+                same_body.map(|()| Answer::Blocked(Obstacle::InProgress(from_now(left))))
             }
-            Claim::Suspect => Ok(Answer::Blocked(Obstacle::Suspect)),
-            Claim::Done { digest } => conflict(ask.digest, digest).map(|()| Answer::Done),
-            Claim::Parked { digest } => conflict(ask.digest, digest).and(Err(parked())),
+            Admission::WaitForPermit => Ok(Answer::Blocked(Obstacle::Suspect)),
+            Admission::Duplicate => same_body.map(|()| Answer::Done),
+            Admission::Park(cause) => same_body.and(Err(parked(cause))),
         }
     }
 
@@ -213,9 +213,9 @@ impl Door {
         Ask {
             token: Token::random(),
             lease: lengths.lease,
-            retain: lengths.window,
+            retain: lengths.retain(),
             generation: message.generation(),
-            digest: self.settings.compare_bodies.then(|| digest(message)),
+            digest: self.settings.compare_bodies.then(|| known_digest(message)),
             alone,
         }
     }
@@ -257,7 +257,7 @@ impl Door {
             return Err(refused);
         }
         claim.start();
-        self.claims.events.emit(&message, Some(claim.run()), EventKind::Started);
+        self.claims.events.emit(&message, Some(claim.claimant()), EventKind::Started);
         let handled = self.run_claimed(ready, &claim, message.clone()).await;
         match handled {
             Ok(()) => self.complete(claim, &message).await,
@@ -267,13 +267,11 @@ impl Door {
 
     /// Why this claim must not run its handler.
     fn refuse(&self, claim: &HeldClaim, message: &Message) -> Option<Failure> {
-        if !claim.in_force() {
-            return Some(lease_lost(Release::NotStarted));
+        match settlement::refusal(claim.holder(), self.settings.max_attempts) {
+            Some(Refusal::LeaseLost) => Some(lease_lost(Release::NotStarted)),
+            Some(Refusal::Spent(cause)) => Some(spent(claim, cause)),
+            None => self.expired(message),
         }
-        if claim.attempt() > self.settings.max_attempts {
-            return Some(spent(claim));
-        }
-        self.expired(message)
     }
 
     /// With or without a claim: a handler that always defers must come to an end.
@@ -304,15 +302,14 @@ impl Door {
     }
 
     async fn complete(&self, claim: HeldClaim, message: &Message) -> Result<Outcome, Failure> {
-        let run = Some(claim.run());
-        let emit = |kind| self.claims.events.emit(message, run, kind);
+        let claimant = Some(claim.claimant());
+        let emit = |kind| self.claims.events.emit(message, claimant, kind);
         emit(EventKind::Ran);
         match claim.complete().await {
             Completion::Recorded => {
                 emit(EventKind::Completed);
                 Ok(Outcome::Handled)
             }
-            // The work is done; a redelivery would be sure to repeat it.
             Completion::Gap => {
                 emit(EventKind::Gap);
                 Ok(Outcome::HandledUnrecorded)
@@ -323,14 +320,12 @@ impl Door {
 
     /// The claim travels outward in the failure, still renewed; whoever ends the failure releases it.
     fn failed(&self, mut failure: Failure, mut claim: HeldClaim, message: &Message) -> Failure {
-        self.claims.events.emit(message, Some(claim.run()), EventKind::Failed(failure.cause()));
-        if !claim.in_force() {
-            failure = lease_lost(FAILED);
-        } else if failure.class() == FailureClass::Transient
-            && failure.plan().is_none()
-            && claim.attempt() >= self.settings.max_attempts
-        {
-            failure.reclassify(FailureClass::Permanent, Cause::Exhausted);
+        self.claims.events.emit(message, Some(claim.claimant()), EventKind::Failed(failure.cause()));
+        let (planned, max_attempts) = (failure.plan().is_some(), self.settings.max_attempts);
+        match settlement::verdict(failure.class(), planned, claim.holder(), max_attempts) {
+            Verdict::Stands => {}
+            Verdict::Exhausted => failure.reclassify(FailureClass::Permanent, Cause::Exhausted),
+            Verdict::LeaseLost => failure = lease_lost(FAILED),
         }
         let release =
             failure.plan().map_or(Release::Failed { not_before: Duration::ZERO }, |plan| plan.release);
@@ -398,6 +393,11 @@ where
     }
 }
 
+/// Hashed once for each delivery, however often it claims.
+fn known_digest(message: &Message) -> Digest {
+    message.identified().and_then(|found| found.digest).unwrap_or_else(|| digest(message))
+}
+
 fn digest(message: &Message) -> Digest {
     let hash = blake3::hash(message.payload());
     let mut bits = [0; 16];
@@ -430,9 +430,9 @@ fn invalid_id(id: &MessageId) -> Failure {
     Failure::new(FailureClass::Permanent, Cause::InvalidId, text)
 }
 
-fn parked() -> Failure {
+fn parked(cause: Cause) -> Failure {
     let text = "this id is with the dead letters; a redrive would run it again";
-    Failure::new(FailureClass::Permanent, Cause::Parked, text)
+    Failure::new(FailureClass::Permanent, cause, text)
 }
 
 /// Of a run that lost its claim: another one may come at once.
@@ -444,11 +444,8 @@ fn lease_lost(release: Release) -> Failure {
 }
 
 /// The attempt that is one too many does not run.
-fn spent(claim: &HeldClaim) -> Failure {
+fn spent(claim: &HeldClaim, cause: Cause) -> Failure {
     let attempts = claim.attempt().saturating_sub(1);
-    let (cause, what) = match claim.before() {
-        Before::Vanished => (Cause::CrashSuspected, "and the last holder vanished"),
-        _ => (Cause::Exhausted, "all of them"),
-    };
+    let what = if cause == Cause::CrashSuspected { "and the last holder vanished" } else { "all of them" };
     Failure::new(FailureClass::Permanent, cause, format!("{attempts} attempts were made, {what}"))
 }

@@ -72,6 +72,7 @@ async fn freed(store: &dyn InProcessStore, key: &DedupKey) {
             return;
         }
         tokio::select! {
+            biased;
             () = changed => {}
             () = sleep(left) => {}
         }

@@ -215,7 +215,7 @@ fn two_queues_that_know_the_same_id_have_children_of_their_own() {
         let message = Message::builder("").transport_id("1").build();
         let parent = id("1");
         let key = Scope::new("", scope).key(&parent);
-        message.identify(Identified { id: parent, key });
+        message.identify(Identified { id: parent, key, digest: None });
         message.child_id("receipt").unwrap()
     };
     assert_eq!(child("orders"), child("orders"));
@@ -228,7 +228,7 @@ fn debug_shows_no_id() {
     let message = Message::builder("secret").transport_id("secret").header("x", "secret").build();
     let identity =
         Identity::default().header("x").json_pointer("/p").body_hash().stream_sequence().with(|_| None);
-    let found = Identified { id: id("secret"), key: Scope::new("", "s").key(&id("secret")) };
+    let found = Identified { id: id("secret"), key: Scope::new("", "s").key(&id("secret")), digest: None };
     for text in [format!("{message:?}"), format!("{identity:?}"), format!("{found:?}")] {
         assert!(!text.contains("secret"), "{text}");
     }

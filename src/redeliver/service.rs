@@ -7,10 +7,9 @@ use std::task::{Context, Poll, ready};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use crate::dedup::Release;
-use crate::failure::Plan;
 use crate::pipeline::OutsideDedup;
-use crate::{Backoff, BoxError, Disposition, Failure, FailureClass, Message, Outcome};
+use crate::settlement;
+use crate::{Backoff, BoxError, Failure, Message, Outcome};
 
 /// Middleware that plans when a failed delivery comes again. See the [module docs](super).
 #[derive(Clone, Debug)]
@@ -78,17 +77,8 @@ fn planned(mut failure: Failure, message: &Message, backoff: &Backoff) -> Failur
     if failure.plan().is_some() {
         return failure;
     }
-    match failure.class() {
-        FailureClass::Transient => {
-            let after = backoff.delay(message.attempt());
-            let release = Release::Failed { not_before: after };
-            failure.set_plan(Plan { disposition: Disposition::Requeue { after }, release });
-        }
-        FailureClass::Deferred(after) => {
-            let release = Release::Deferred { not_before: after };
-            failure.set_plan(Plan { disposition: Disposition::Release { after }, release });
-        }
-        FailureClass::Permanent => {}
+    if let Some(plan) = settlement::redelivery(failure.class(), backoff.delay(message.attempt())) {
+        failure.set_plan(plan);
     }
     failure
 }

@@ -51,7 +51,12 @@ struct Shared {
 impl FaultyStore {
     /// A store that works, so far.
     pub fn new(inner: impl DedupStore) -> Self {
-        Self { inner: Arc::new(inner), shared: Arc::default() }
+        Self::over(Arc::new(inner))
+    }
+
+    /// As [`new`](Self::new), for a store that is shared.
+    pub fn over(inner: Arc<dyn DedupStore>) -> Self {
+        Self { inner, shared: Arc::default() }
     }
 
     /// The call after the next `skip` calls fails so.

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use guestlist::broker::BrokerErrorKind;
 use guestlist::broker::memory::PublishFault;
-use guestlist::dedup::{Before, Release, Suspects};
-use guestlist::testing::{Fault, FaultyStore};
+use guestlist::dedup::{Before, MemoryStore, Release, Suspects};
+use guestlist::testing::{Checker, Fault, FaultyStore};
 use guestlist::{
     Backoff, Cause, Consumer, Disposition, ErrorKind, EventKind, Failure, Handled, Outcome, Queue, State,
     defaults,
@@ -19,7 +19,8 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
 use crate::support::{
-    CopySpy, DEAD, HOUR, LEASE, Lab, LateStore, MINUTE, ORDERS, Process, SECOND, Tripwire, pass, until,
+    CopySpy, DEAD, FAULTS, HOUR, LEASE, Lab, LateStore, MINUTE, ORDERS, Plot, Process, SECOND, Trial,
+    Tripwire, every_call_fails_once, pass, until,
 };
 
 /// A queue whose handler takes this long and then succeeds.
@@ -39,10 +40,14 @@ fn signal() -> (Arc<Notify>, impl FnOnce() + Send + 'static) {
 
 /// The next process, until the queue is drained.
 async fn next_process_drains(lab: &Lab) {
+    next_process_drains_as(lab, Checker::new()).await;
+}
+
+async fn next_process_drains_as(lab: &Lab, checker: Checker) {
     let process = lab.start(takes(lab, SECOND));
     lab.drained().await;
     process.stop().await.unwrap();
-    lab.check();
+    lab.check_as(checker);
 }
 
 #[tokio::test(start_paused = true)]
@@ -222,7 +227,7 @@ async fn f11_a_crash_after_the_dead_letter_is_published_makes_a_second_one_with_
     let ids = spy.ids();
     assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
     lab.redrive("order-1", 1);
-    next_process_drains(&lab).await;
+    next_process_drains_as(&lab, Checker::new().max_attempts(Some(2))).await;
     assert_eq!(lab.journal.attempts("order-1"), [1, 2, 1], "a redrive runs");
 }
 
@@ -692,7 +697,7 @@ async fn f26_a_message_that_kills_its_process_costs_its_neighbours_one_attempt_a
         assert_eq!(after.lab.causes(), ["crash_suspected"], "place {place}");
         assert_eq!(after.lab.journal.attempts("poison"), [1, 2, 3], "place {place}");
         assert_eq!(after.lives, 4, "place {place}");
-        after.lab.check();
+        after.lab.check_as(Checker::new().max_attempts(Some(3)));
     }
 }
 
@@ -791,82 +796,9 @@ async fn f26_a_lost_lease_does_not_give_the_suspect_permit_back_while_the_handle
     lab.check();
 }
 
-/// Handlers for the faults that are counted out: what they do, and how often they should run.
-#[derive(Clone, Copy, Debug)]
-enum Plot {
-    Succeeds,
-    FailsOnce,
-    FailsForGood,
-    Defers,
-}
-
-impl Plot {
-    const ALL: [Self; 4] = [Self::Succeeds, Self::FailsOnce, Self::FailsForGood, Self::Defers];
-
-    fn act(self, nth_run: usize) -> Handled {
-        match self {
-            Self::FailsOnce if nth_run == 1 => Err("busy".into()),
-            Self::Defers if nth_run == 1 => Err(Failure::defer(SECOND)),
-            Self::Succeeds | Self::FailsOnce | Self::Defers => Ok(()),
-            Self::FailsForGood => Err(Failure::permanent("never")),
-        }
-    }
-
-    fn runs(self) -> usize {
-        match self {
-            Self::Succeeds | Self::FailsForGood => 1,
-            Self::FailsOnce | Self::Defers => 2,
-        }
-    }
-}
-
-/// Delivers until acked, with these faults of the store, and proves that nothing is lost or repeated.
-async fn deliver_with(plot: Plot, copies: usize, faults: &[(usize, Fault)]) -> usize {
-    let lab = Lab::new();
-    for _ in 0..copies {
-        lab.send("order-1");
-    }
-    let store = FaultyStore::new(lab.store.clone());
-    for (call, fault) in faults {
-        store.fail_call(*call, *fault);
-    }
-    let journal = lab.journal.clone();
-    let handler = lab.handler(move |run| {
-        let nth_run = journal.runs(&run.id());
-        async move { plot.act(nth_run) }
-    });
-    let process = lab.start_over(store, lab.queue().handler(handler));
-    lab.drained().await;
-    let orders = process.orders();
-    let calls = process.store.calls();
-    process.stop().await.unwrap();
-    let what = format!("{plot:?}, {copies} copies, {faults:?}: {orders:?}");
-    assert_eq!(lab.journal.runs("order-1"), plot.runs(), "{what}");
-    if matches!(plot, Plot::FailsForGood) {
-        assert_eq!((lab.letters().len(), orders.handled), (copies, 0), "{what}");
-    } else {
-        assert_eq!((orders.handled, orders.dedup_gaps), (1, 0), "{what}");
-        assert_eq!(orders.duplicates, copies as u64 - 1, "{what}");
-        assert!(lab.letters().is_empty(), "{what}");
-    }
-    lab.check();
-    calls
-}
-
-const FAULTS: [Fault; 3] = [Fault::BeforeEffect, Fault::AfterEffect, Fault::Hang];
-
 #[tokio::test(start_paused = true)]
 async fn f5_every_single_fault_of_the_store_is_survived_without_loss_or_repetition() {
-    for plot in Plot::ALL {
-        for copies in [1, 2] {
-            let calls = deliver_with(plot, copies, &[]).await;
-            for call in 0..=calls {
-                for fault in FAULTS {
-                    deliver_with(plot, copies, &[(call, fault)]).await;
-                }
-            }
-        }
-    }
+    every_call_fails_once(|| async { Arc::new(MemoryStore::new()) as _ }, Trial::PATIENT).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -876,7 +808,8 @@ async fn f5_every_pair_of_faults_of_the_store_is_survived_without_loss_or_repeti
             for (first, second) in (0..6).flat_map(|first| (first + 1..7).map(move |second| (first, second)))
             {
                 for (one, other) in FAULTS.into_iter().flat_map(|one| FAULTS.map(|other| (one, other))) {
-                    deliver_with(plot, copies, &[(first, one), (second, other)]).await;
+                    let faults = [(first, one), (second, other)];
+                    Trial::PATIENT.run(Arc::new(MemoryStore::new()), plot, copies, &faults).await;
                 }
             }
         }

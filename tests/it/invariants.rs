@@ -8,13 +8,14 @@ use std::time::{Duration, SystemTime};
 use guestlist::broker::memory::{MemoryBroker, PublishFault};
 use guestlist::dedup::protocol::{Ask, Run, State as Standing, Token};
 use guestlist::dedup::{Before, InProcessStore, MemoryStore, Release, StorePolicy};
-use guestlist::testing::{Fault, FaultyStore};
+use guestlist::testing::checker::{Marker, Reason};
+use guestlist::testing::{Checker, Fault, FaultyStore};
 use guestlist::{
     Backoff, Cause, Consumer, Disposition, EventKind, Failure, Json, Message, Outcome, Queue, State,
 };
 use tokio::time::{Instant, sleep};
 
-use crate::support::{DEAD, HOUR, LEASE, Lab, LogCapture, MINUTE, ORDERS, SECOND, pass, sequences, until};
+use crate::support::{DEAD, HOUR, LEASE, Lab, LogCapture, MINUTE, ORDERS, SECOND, key, pass, until};
 
 /// A deterministic unfairness: which orders fail, and how often.
 fn fails_at_first(id: &str, attempt: u32) -> bool {
@@ -401,7 +402,8 @@ async fn i7_with_process_the_queue_goes_on_without_its_store_and_says_so() {
     lab.drained().await;
     assert_eq!(process.orders().handled, 1, "with its store again, it checks again");
     process.stop().await.unwrap();
-    lab.check();
+    let report = lab.check_as(Checker::new().runs_without_store());
+    assert_eq!((report.counts.unchecked, report.extra_runs.len()), (48, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -421,7 +423,8 @@ async fn i7_with_process_attempts_are_bounded_by_the_brokers_count() {
     assert_eq!(ran.load(Ordering::SeqCst), 3);
     assert_eq!(lab.causes(), ["exhausted"]);
     process.stop().await.unwrap();
-    lab.check();
+    let report = lab.check_as(Checker::new().max_attempts(Some(3)).runs_without_store());
+    assert_eq!(report.extra(Reason::Unchecked), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -438,7 +441,7 @@ async fn i8_attempts_end_in_a_dead_letter_with_its_story() {
     let letters = lab.letters();
     assert_eq!((letters[0].cause.as_str(), letters[0].attempts, letters.len()), ("exhausted", 4, 1));
     assert_eq!(letters[0].error, "busy");
-    lab.check();
+    lab.check_as(Checker::new().max_attempts(Some(4)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -465,8 +468,22 @@ async fn i8_two_copies_of_one_failing_id_have_the_attempts_and_the_backoff_of_on
         let mut causes = lab.causes();
         causes.sort();
         assert_eq!(causes, ["exhausted", "parked"], "each copy is accounted for");
-        lab.check();
+        lab.check_as(Checker::new().max_attempts(Some(4)));
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn i8_a_window_shorter_than_the_backoff_forgets_no_attempt() {
+    let lab = Lab::new();
+    lab.send("order-1");
+    let backoff = Backoff::new(5 * MINUTE, 1, 5 * MINUTE).without_jitter();
+    let queue = lab.queue().window(LEASE).backoff(backoff).max_attempts(3);
+    let process = lab.start(queue.handler(lab.handler(async |_| Err("busy".into()))));
+    lab.drained().await;
+    process.stop().await.unwrap();
+    assert_eq!(lab.journal.attempts("order-1"), [1, 2, 3]);
+    assert_eq!(lab.causes(), ["exhausted"]);
+    lab.check();
 }
 
 #[tokio::test(start_paused = true)]
@@ -487,7 +504,7 @@ async fn i8_attempts_are_counted_over_processes_that_are_killed() {
     assert_eq!(lab.journal.attempts("order-1"), [1, 2, 3]);
     assert_eq!(lab.causes(), ["crash_suspected"]);
     assert_eq!(lab.letters()[0].attempts, 4, "the claim that parked it was counted too");
-    lab.check();
+    lab.check_as(Checker::new().max_attempts(Some(3)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -672,6 +689,7 @@ async fn i12_a_full_store_forgets_the_oldest_ids_counts_them_and_never_a_claim()
     assert_eq!(lab.store.in_progress(), 8, "claims are never evicted");
     let forgotten = lab.store.forgotten_early();
     assert_eq!(forgotten, 500 - CAPACITY);
+    lab.log.mark("store", Marker::StoreLost(Some(key(ORDERS, "short-0"))));
     for number in 0..8 {
         lab.send(&format!("long-{number}"));
     }
@@ -684,7 +702,8 @@ async fn i12_a_full_store_forgets_the_oldest_ids_counts_them_and_never_a_claim()
     lab.drained().await;
     assert_eq!((lab.journal.runs("short-499"), lab.journal.runs("short-0")), (1, 2));
     process.stop().await.unwrap();
-    lab.check();
+    let report = lab.check();
+    assert_eq!(report.extra(Reason::RecordLost), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -719,6 +738,8 @@ async fn i13_lost_records_lead_to_runs_and_suppress_nothing() {
         assert!((5..10).all(|number| runs(number) == 1));
         assert_eq!(lab.depth(), 0);
         process.stop().await.unwrap();
+        let report = lab.check();
+        assert_eq!(report.extra(Reason::RecordLost), 5 * (expected - 1), "{report}");
     }
 }
 
@@ -770,7 +791,8 @@ async fn i15_the_event_sequence_of_each_delivery_is_whole() {
     lab.drained().await;
     process.stop().await.unwrap();
     lab.check();
-    let kinds: Vec<Vec<EventKind>> = sequences(&lab.log.events())
+    let kinds: Vec<Vec<EventKind>> = lab
+        .deliveries()
         .into_values()
         .map(|sequence| sequence.iter().map(|event| event.kind).collect())
         .collect();
@@ -866,6 +888,12 @@ async fn i16_no_payload_header_value_or_raw_id_in_debug_events_logs_or_dead_lett
     assert!(text.contains("guestlist.delivery") && text.contains("undecodable"), "the log is on: {text}");
     assert_discreet("the log", &text);
     assert_discreet("an event", &format!("{:?}", lab.log.events()));
+    let lines = lab.log.log().to_lines();
+    assert_discreet("the log of events", &lines);
+    for run in lab.log.events().iter().filter_map(|event| event.run) {
+        let token = format!("{:?}", run.token);
+        assert!(!text.contains(&token) && !lines.contains(&token), "a token proves ownership");
+    }
     assert_discreet("the broker", &format!("{:?}", lab.broker));
     for letter in lab.broker.messages(DEAD).unwrap() {
         assert_discreet("a message", &format!("{letter:?}"));

@@ -9,6 +9,8 @@ mod dedup_layer;
 #[cfg(any(feature = "amqp", feature = "nats"))]
 mod end_to_end;
 #[cfg(feature = "testing")]
+mod event_log;
+#[cfg(feature = "testing")]
 mod faults;
 #[cfg(feature = "testing")]
 mod handlers;

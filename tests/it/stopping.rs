@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use guestlist::dedup::Release;
 use guestlist::dedup::protocol::State as Standing;
-use guestlist::testing::{Fault, FaultyStore};
+use guestlist::testing::{Checker, Fault, FaultyStore};
 use guestlist::{Consumer, Disposition, EventKind, Failure, Queue, State, defaults};
 use tokio::time::{Instant, sleep};
 
@@ -245,7 +245,7 @@ async fn a_panicking_handler_leaves_the_consumer_and_its_neighbours_alive() {
     assert_eq!((orders.handled, lab.causes().len()), (18, 2));
     assert!(process.status.is_healthy());
     process.stop().await.unwrap();
-    lab.check();
+    lab.check_as(Checker::new().max_attempts(Some(2)));
 }
 
 #[tokio::test(start_paused = true)]

@@ -3,5 +3,14 @@
 mod broken;
 #[cfg(feature = "durable")]
 mod durable;
+mod machine;
 mod memory;
+#[cfg(feature = "nats")]
+mod nats_kv;
+mod near;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(feature = "redis")]
+mod redis;
 mod swap;
+mod url;

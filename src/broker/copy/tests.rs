@@ -296,7 +296,7 @@ fn a_transports_id_that_nobody_looked_for_does_not_become_the_id_of_its_copies()
     assert_eq!(copy.transport_id(), message.transport_id());
     let id = MessageId::new("17").unwrap();
     let key = crate::Scope::new("", "orders").key(&id);
-    message.identify(crate::identity::Identified { id: id.clone(), key });
+    message.identify(crate::identity::Identified { id: id.clone(), key, digest: None });
     let copy = come_back(&message, &Copy::hold(&message));
     assert_eq!(copy.logical_id(), Some(&id));
     assert_eq!(copy.transport_id(), message.transport_id());

@@ -96,7 +96,7 @@ impl Nats {
     ///
     /// As for [`connect`](Self::connect); also `Unreachable` at once while the client is busy
     /// reconnecting, since a request that waits for that would have an unknown answer.
-    pub(super) async fn link(&self) -> Result<Link, BrokerError> {
+    pub(crate) async fn link(&self) -> Result<Link, BrokerError> {
         let mut slot = self.inner.link.lock().await;
         if let Some(link) = slot.as_ref().filter(|link| link.is_alive()) {
             return if link.is_connected() { Ok(link.clone()) } else { Err(self.reconnecting()) };
@@ -383,9 +383,9 @@ fn report(event: &Event, lost: &watch::Sender<()>) {
 
 /// One client, and the news of its disconnections.
 #[derive(Clone)]
-pub(super) struct Link {
-    pub(super) client: Client,
-    pub(super) jetstream: jetstream::Context,
+pub(crate) struct Link {
+    pub(crate) client: Client,
+    pub(crate) jetstream: jetstream::Context,
     lost: watch::Receiver<()>,
 }
 

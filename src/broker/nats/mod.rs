@@ -99,6 +99,7 @@ mod topology;
 pub use async_nats;
 use async_trait::async_trait;
 
+pub(crate) use self::connect::Link;
 pub use self::connect::{CONNECT_TIMEOUT, Nats, NatsOptionsBuilder, PING_INTERVAL};
 pub use self::source::split;
 pub use self::topology::MAX_ACK_PENDING;

@@ -3,6 +3,14 @@
 #[cfg(feature = "durable")]
 pub mod durable;
 mod memory;
+#[cfg(feature = "nats")]
+pub mod nats_kv;
+mod near;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(feature = "redis")]
+mod redis;
+mod url;
 
 use std::fmt;
 use std::time::Duration;
@@ -13,6 +21,14 @@ use tokio::sync::futures::Notified;
 #[cfg(feature = "durable")]
 pub use self::durable::{Durability, DurableStore};
 pub use self::memory::MemoryStore;
+#[cfg(feature = "nats")]
+pub use self::nats_kv::NatsKvStore;
+pub use self::near::NearCache;
+#[cfg(feature = "postgres")]
+pub use self::postgres::{PostgresStore, PostgresStoreBuilder};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisStore, RedisStoreBuilder};
+pub use self::url::connect;
 use super::protocol::{Ask, Claim, Held, Record, Release, Run};
 use crate::{BoxError, DedupKey};
 

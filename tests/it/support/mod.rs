@@ -4,29 +4,31 @@
 //! that is killed stays dead: its releases never arrive.
 
 mod capture;
-mod checker;
 mod doubles;
 mod journal;
 mod process;
+mod trial;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use guestlist::broker::copy::DeadLetter;
 use guestlist::broker::memory::MemoryBroker;
 use guestlist::dedup::protocol::Record;
 use guestlist::dedup::{DedupStore, MemoryStore, Suspects};
-use guestlist::testing::{FaultyStore, Recorder};
+use guestlist::testing::checker::{Marker, Report};
+use guestlist::testing::{Checker, FaultyStore, Recorder};
 use guestlist::{
-    Backoff, BoxFuture, CancellationToken, Consumer, EventKind, Fence, Handled, Message, MessageId, Queue,
-    Scope,
+    Backoff, BoxFuture, CancellationToken, Consumer, Event, EventKind, Fence, Handled, Message, MessageId,
+    Queue, Scope,
 };
 use tokio::time::{Instant, sleep, timeout};
 
 pub(crate) use self::capture::LogCapture;
-pub(crate) use self::checker::{check, sequences};
 pub(crate) use self::doubles::{CopySpy, LateStore, Tripwire};
 pub(crate) use self::journal::{Journal, Run};
 pub(crate) use self::process::Process;
+pub(crate) use self::trial::{FAULTS, Plot, Trial, every_call_fails_once};
 
 pub(crate) const ORDERS: &str = "orders";
 pub(crate) const DEAD: &str = "orders.dead";
@@ -162,6 +164,7 @@ impl Lab {
     }
 
     pub(crate) async fn forget(&self, id: &str) {
+        self.log.mark("store", Marker::StoreLost(Some(key(ORDERS, id))));
         self.store.forget(&key(ORDERS, id)).await.unwrap();
     }
 
@@ -170,9 +173,25 @@ impl Lab {
         self.log.count(|other| *other == kind)
     }
 
-    /// Proves the log of the whole test right, as far as a log can show it.
-    pub(crate) fn check(&self) {
-        check(&self.log.events());
+    /// Proves the log of the whole test right, as far as a log can show it (I15).
+    pub(crate) fn check(&self) -> Report {
+        self.check_as(Checker::new())
+    }
+
+    /// The same for a queue of other settings.
+    pub(crate) fn check_as(&self, checker: Checker) -> Report {
+        let report = checker.one_clock().check(&self.log.log());
+        report.assert_clean();
+        report
+    }
+
+    /// The events of each delivery, in order.
+    pub(crate) fn deliveries(&self) -> BTreeMap<u64, Vec<Event>> {
+        let mut deliveries: BTreeMap<u64, Vec<Event>> = BTreeMap::new();
+        for event in self.log.events() {
+            deliveries.entry(event.delivery).or_default().push(event);
+        }
+        deliveries
     }
 }
 

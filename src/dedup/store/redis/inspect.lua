@@ -1,0 +1,2 @@
+if live then return old end
+return false

@@ -1,0 +1,3 @@
+//! Proofs by machine: what no list of cases would come upon.
+
+mod sim;
