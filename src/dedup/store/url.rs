@@ -39,7 +39,7 @@ const SCHEMES: &str = "memory:, file:, redis://, postgres:// or nats://";
 pub async fn connect(url: &str) -> Result<Arc<dyn DedupStore>, StoreError> {
     match url.split_once(':').map(|(scheme, _)| scheme) {
         Some("memory") => Ok(Arc::new(MemoryStore::new())),
-        Some("file") => Err(absent("a folder of this machine", "durable")),
+        Some("file") => file(url).await,
         Some("postgres" | "postgresql") => Err(absent("PostgreSQL", "postgres")),
         Some("nats" | "tls") => Err(absent("NATS", "nats")),
         Some(scheme) if is_redis(scheme) => Err(absent("Redis", "redis")),
@@ -53,6 +53,17 @@ pub async fn connect(url: &str) -> Result<Arc<dyn DedupStore>, StoreError> {
 fn is_redis(scheme: &str) -> bool {
     let server = scheme.split_once('+').map_or(scheme, |(server, _)| server);
     matches!(server, "redis" | "rediss" | "valkey" | "valkeys")
+}
+
+#[cfg(feature = "durable")]
+async fn file(url: &str) -> Result<Arc<dyn DedupStore>, StoreError> {
+    Ok(Arc::new(super::DurableStore::connect(url).await?))
+}
+
+#[cfg(not(feature = "durable"))]
+#[expect(clippy::unused_async, reason = "the other build awaits")]
+async fn file(_url: &str) -> Result<Arc<dyn DedupStore>, StoreError> {
+    Err(absent("a folder of this machine", "durable"))
 }
 
 fn absent(store: &str, feature: &str) -> StoreError {

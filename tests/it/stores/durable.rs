@@ -200,6 +200,15 @@ async fn open_and_say() {
 }
 
 #[tokio::test]
+async fn it_is_chosen_by_url() {
+    let temp = Temp::new();
+    let url = format!("file://{}?durability=power", temp.0.display());
+    let store = guestlist::dedup::connect(&url).await.unwrap();
+    assert!(format!("{store:?}").contains("durability: Power"), "{store:?}");
+    assert!(store.features().survives_restart && !store.features().shared);
+}
+
+#[tokio::test]
 async fn a_closed_store_says_so() {
     let temp = Temp::new();
     let store = temp.open().await;
