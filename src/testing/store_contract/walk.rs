@@ -158,18 +158,18 @@ impl Walk {
                 self.record = None;
             }
         }
-        if step.is_short() || self.is_kept_briefly() {
+        if step.is_short() || self.ends_soon() {
             self.key.pass().await;
             self.now += 2 * micros(self.key.pace.short);
         }
         self.compare_records().await;
     }
 
-    /// A step that is not short itself may shorten a record: a release takes its lease from a claim with a
-    /// short window.
-    fn is_kept_briefly(&self) -> bool {
-        let short = micros(self.key.pace.short);
-        self.record.is_some_and(|record| record.kept_until.saturating_sub(self.now) <= short)
+    /// The record's time may be over before the next step, if the machine is slow: a release of what was claimed
+    /// for a short time.
+    fn ends_soon(&self) -> bool {
+        let left = self.record.map_or(0, |record| record.kept_until.saturating_sub(self.now));
+        left > 0 && left <= micros(self.key.pace.short)
     }
 
     async fn claim(&mut self, ask: Ask) {
