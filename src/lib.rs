@@ -119,6 +119,9 @@ pub mod _docs {
     pub mod design {}
     #[doc = include_str!("../docs/stores/near_cache.md")]
     pub mod near_cache {}
+    #[cfg(feature = "redis")]
+    #[doc = include_str!("../docs/stores/redis.md")]
+    pub mod redis_store {}
 }
 
 #[cfg(doctest)]
