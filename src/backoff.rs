@@ -61,6 +61,11 @@ impl Backoff {
         if self.jitter { delay.mul_f64(crate::random::unit()) } else { delay }
     }
 
+    /// Whether the delays are drawn at random.
+    pub(crate) const fn has_jitter(&self) -> bool {
+        self.jitter
+    }
+
     /// The longest delay there is.
     pub const fn cap(&self) -> Duration {
         self.cap

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::Cause;
 
 /// How a delivery ends at the broker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Disposition {
     /// Done with: the broker forgets the message.

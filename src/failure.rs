@@ -93,6 +93,8 @@ pub enum Cause {
     Overloaded,
     /// The consumer stopped; not an attempt.
     Interrupted,
+    /// The sender asked for a later time; not an attempt.
+    Scheduled,
 }
 
 impl Cause {
@@ -124,6 +126,7 @@ impl Cause {
             Self::TooLarge => "too_large",
             Self::Overloaded => "overloaded",
             Self::Interrupted => "interrupted",
+            Self::Scheduled => "scheduled",
         }
     }
 }

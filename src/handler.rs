@@ -131,20 +131,28 @@ pub struct Needs {
     pub claim: bool,
     /// A cancellation token for each run.
     pub cancellation: bool,
+    /// A transaction for each try: the queue must have an [inbox](crate::inbox).
+    pub transaction: bool,
 }
 
 impl Needs {
     /// Nothing.
-    pub const NOTHING: Self = Self { claim: false, cancellation: false };
+    pub const NOTHING: Self = Self { claim: false, cancellation: false, transaction: false };
     /// A claim.
-    pub const CLAIM: Self = Self { claim: true, cancellation: false };
+    pub const CLAIM: Self = Self { claim: true, ..Self::NOTHING };
     /// A cancellation token, and so a claim that can be lost.
-    pub const CANCELLATION: Self = Self { claim: false, cancellation: true };
+    pub const CANCELLATION: Self = Self { cancellation: true, ..Self::NOTHING };
+    /// A transaction, which completes a claim.
+    pub const TRANSACTION: Self = Self { claim: true, transaction: true, ..Self::NOTHING };
 
     /// What this or the other needs.
     #[must_use]
     pub const fn or(self, other: Self) -> Self {
-        Self { claim: self.claim || other.claim, cancellation: self.cancellation || other.cancellation }
+        Self {
+            claim: self.claim || other.claim,
+            cancellation: self.cancellation || other.cancellation,
+            transaction: self.transaction || other.transaction,
+        }
     }
 }
 

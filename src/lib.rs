@@ -50,6 +50,7 @@ mod consumer;
 pub mod dead_letter;
 pub mod dedup;
 pub mod defaults;
+pub mod delay;
 mod delivery;
 mod disposition;
 mod error;
@@ -57,6 +58,7 @@ mod events;
 mod failure;
 mod handler;
 mod identity;
+pub mod inbox;
 mod message;
 mod pause;
 mod pipeline;
@@ -119,9 +121,12 @@ pub mod _docs {
     pub mod design {}
     #[doc = include_str!("../docs/stores/near_cache.md")]
     pub mod near_cache {}
-    #[cfg(feature = "redis")]
+    #[doc = include_str!("../docs/stores/postgres.md")]
+    #[cfg(feature = "postgres")]
+    pub mod postgres {}
     #[doc = include_str!("../docs/stores/redis.md")]
-    pub mod redis_store {}
+    #[cfg(feature = "redis")]
+    pub mod redis {}
 }
 
 #[cfg(doctest)]

@@ -168,6 +168,8 @@ struct Parts {
     identified: OnceLock<Identified>,
     /// The attempt counted by the store for this delivery; 0: not claimed.
     attempt: AtomicU32,
+    /// From when on it may be handled: found once, by whoever looks first.
+    due: OnceLock<SystemTime>,
     /// The lease was lost or `max_run` is over: heartbeats to the broker stop.
     forsaken: AtomicBool,
 }
@@ -232,7 +234,8 @@ impl Message {
         self.parts.priority
     }
 
-    /// When the message was sent (AMQP: the sender's clock) or stored (JetStream: the server's).
+    /// When the message was sent (AMQP: the sender's clock) or stored (JetStream: the server's; in
+    /// memory: this process's, unless the sender named one).
     pub fn timestamp(&self) -> Option<SystemTime> {
         self.parts.timestamp
     }
@@ -304,6 +307,15 @@ impl Message {
         copies.max(self.parts.broker_deliveries.unwrap_or(1))
     }
 
+    /// From when on it may be handled, as far as somebody has looked, here or where our copy was made.
+    pub(crate) fn due(&self) -> Option<SystemTime> {
+        self.parts.due.get().copied().or(self.parts.copy.due)
+    }
+
+    pub(crate) fn set_due(&self, due: SystemTime) {
+        let _ = self.parts.due.set(due);
+    }
+
     pub(crate) fn run(&self) -> Option<&RunContext> {
         self.run.as_ref()
     }
@@ -312,6 +324,14 @@ impl Message {
     pub(crate) fn for_run(mut self, run: RunContext) -> Self {
         self.count_attempt(run.attempt);
         self.run = Some(run);
+        self
+    }
+
+    /// The message as the handler of this try sees it.
+    pub(crate) fn lending(mut self, loan: Arc<dyn Any + Send + Sync>) -> Self {
+        if let Some(run) = &mut self.run {
+            run.lend(loan);
+        }
         self
     }
 
@@ -368,6 +388,7 @@ impl MessageBuilder {
             native: None,
             identified: OnceLock::new(),
             attempt: AtomicU32::new(0),
+            due: OnceLock::new(),
             forsaken: AtomicBool::new(false),
         })
     }
@@ -435,6 +456,11 @@ impl MessageBuilder {
     #[must_use]
     pub fn timestamp(self, timestamp: SystemTime) -> Self {
         self.set(|parts| parts.timestamp = Some(timestamp))
+    }
+
+    /// For a broker that says when it stored a message: unless the sender said when it was sent.
+    pub(crate) fn or_timestamp(self, now: impl FnOnce() -> SystemTime) -> Self {
+        self.set(|parts| parts.timestamp = parts.timestamp.or_else(|| Some(now())))
     }
 
     /// The frame's metadata as the client gave it; [`Message::native`] gives it back.

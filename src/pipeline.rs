@@ -1,10 +1,11 @@
 //! The layers in their one right order.
 //!
-//! From the outside in: trace, `dead_letter`, redeliver, dedup, (concurrency limit), retry, timeout, handler.
+//! From the outside in: trace, `dead_letter`, redeliver, delay, dedup, (concurrency limit), retry, (inbox), timeout, handler.
 //!
 //! - `dead_letter` is outside dedup, else a redriven message would be dropped as a duplicate;
 //! - dedup is outside retry, so that one claim covers the in-process tries;
 //! - timeout is inside retry, so that each try has its own;
+//! - the inbox's transaction is inside retry, so that each try has its own, and outside timeout, which rolls it back;
 //! - the limit is inside dedup, so that neither duplicates nor waiters keep a slot.
 //!
 //! Everything inside dedup answers `()`, dedup and everything outside it an [`Outcome`]: a stack put together in the
@@ -35,8 +36,10 @@ use crate::broker::Broker;
 use crate::consumer::{ConfigError, QueueConfig};
 use crate::dead_letter::DeadLetterLayer;
 use crate::dedup::DedupLayer;
+use crate::delay::DelayLayer;
 use crate::events::Events;
 use crate::handler::{Arguments, Handled, Handler, HandlerService, Needs};
+use crate::inbox::InboxLayer;
 use crate::pause::Gate;
 use crate::redeliver::RedeliverLayer;
 use crate::retry::RetryLayer;
@@ -52,7 +55,7 @@ mod sealed {
 /// What a service inside dedup answers: `()`.
 #[diagnostic::on_unimplemented(
     message = "the layers are in the wrong order: this layer belongs inside dedup, or around a handler, but what it wraps answers `{Self}`",
-    note = "from the outside in: trace, dead_letter, redeliver, dedup, retry, timeout, handler"
+    note = "from the outside in: trace, dead_letter, redeliver, delay, dedup, retry, timeout, handler"
 )]
 pub trait InsideDedup: sealed::Sealed {}
 
@@ -61,7 +64,7 @@ impl InsideDedup for () {}
 /// What dedup and every service outside it answers: an [`Outcome`].
 #[diagnostic::on_unimplemented(
     message = "the layers are in the wrong order: this layer belongs outside dedup, but what it wraps answers `{Self}`",
-    note = "from the outside in: trace, dead_letter, redeliver, dedup, retry, timeout, handler"
+    note = "from the outside in: trace, dead_letter, redeliver, delay, dedup, retry, timeout, handler"
 )]
 pub trait OutsideDedup: Into<Outcome> + sealed::Sealed {}
 
@@ -161,7 +164,7 @@ impl Pipeline {
 
     /// The stack around this service: a handler with tower layers of your own.
     pub fn service(self, service: impl Inner) -> impl Stack {
-        self.stack(service, Needs { claim: false, cancellation: true })
+        self.stack(service, Needs::CANCELLATION)
     }
 
     /// The one right order.
@@ -171,14 +174,21 @@ impl Pipeline {
         ServiceBuilder::new()
             .layer(TraceLayer::new())
             .layer(dead_letter(&config, Arc::clone(&broker), &gate, &events))
-            .layer(RedeliverLayer::new().with_backoff(config.backoff))
+            .layer(redeliver(&config, &*broker))
+            .layer(DelayLayer::new())
             .layer(dedup(&config, &*broker, &gate, &events, needs).with_background(background))
             .layer(ConcurrencyLimitLayer::new(config.concurrency))
             .layer(RetryLayer::new(config.tries))
+            .layer(option_layer(inbox(&config)))
             .layer(option_layer(config.timeout.map(TimeoutLayer::new)))
             .map_err(Into::<BoxError>::into)
             .service(service)
     }
+}
+
+fn inbox(config: &QueueConfig) -> Option<InboxLayer> {
+    let inbox = config.inbox.clone();
+    inbox.map(|inbox| InboxLayer::new(inbox, config.dedup.window))
 }
 
 fn dead_letter(
@@ -191,6 +201,15 @@ fn dead_letter(
         .with_pause_hold(config.pause_hold)
         .with_gate(gate.clone())
         .with_events(events.clone())
+}
+
+fn redeliver(config: &QueueConfig, broker: &dyn Broker) -> RedeliverLayer {
+    let steps = broker.hold_steps(&config.spec).cloned();
+    let layer = RedeliverLayer::new().with_backoff(config.backoff).with_steps(steps);
+    match config.retry_policy.clone() {
+        Some(policy) => layer.with_policy(move |failure, attempt| policy(failure, attempt)),
+        None => layer,
+    }
 }
 
 fn dedup(

@@ -12,7 +12,7 @@ mod tests;
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 
@@ -25,6 +25,8 @@ pub const PREFIX: &str = "guestlist-";
 pub const ID: &str = "guestlist-id";
 /// The attempt that was counted when the copy was made: a hint.
 pub const ATTEMPT: &str = "guestlist-attempt";
+/// From when on it may be handled, milliseconds since 1970; see [`delay`](crate::delay).
+pub const DUE: &str = "guestlist-due";
 /// How many times an operator sent this id back to work.
 pub const GENERATION: &str = "guestlist-generation";
 /// Why it is a dead letter: see [`Cause::name`].
@@ -101,6 +103,10 @@ impl<'a> Copy<'a> {
         put(ATTEMPT, self.attempt.to_string());
         if message.generation() > 0 {
             put(GENERATION, message.generation().to_string());
+        }
+        if let Some(due) = message.due().and_then(|due| due.duration_since(UNIX_EPOCH).ok()) {
+            // Up: not even a millisecond early.
+            put(DUE, due.as_micros().div_ceil(1000).to_string());
         }
         // Said even if there was none: the one on the copy is the copy's own.
         put(TRANSPORT_ID, message.transport_id().map(|id| encode(cut(id))).unwrap_or_default());
@@ -237,6 +243,7 @@ pub(crate) struct Marks {
     pub(crate) id: Option<MessageId>,
     pub(crate) attempt: u32,
     pub(crate) generation: u32,
+    pub(crate) due: Option<SystemTime>,
     /// The original's, empty if it had none.
     pub(crate) transport_id: Option<Bytes>,
     /// Full names and raw values of what was moved aside.
@@ -260,6 +267,7 @@ impl Marks {
             ID => self.id = MessageId::new(decode(value)),
             ATTEMPT => self.attempt = number(value),
             GENERATION => self.generation = number(value),
+            DUE => self.due = time(value),
             TRANSPORT_ID => self.transport_id = Some(decode(value)),
             moved if moved.starts_with(MOVED_HEADER) => {
                 let original = &moved[MOVED_HEADER.len()..];
@@ -296,6 +304,12 @@ impl Marks {
 /// A forged number (negative, huge, text) is no number: 0.
 fn number(value: &[u8]) -> u32 {
     std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
+}
+
+/// Milliseconds since 1970; a forged one is none, and the sender's own header counts again.
+fn time(value: &[u8]) -> Option<SystemTime> {
+    let millis = std::str::from_utf8(value).ok()?.parse().ok()?;
+    UNIX_EPOCH.checked_add(Duration::from_millis(millis))
 }
 
 /// Percent-encodes everything but visible ASCII, and `%`: any bytes travel as a header value.

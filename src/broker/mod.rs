@@ -9,6 +9,7 @@
 pub mod amqp;
 pub mod copy;
 mod error;
+mod hold;
 pub mod memory;
 #[cfg(feature = "nats")]
 pub mod nats;
@@ -22,6 +23,7 @@ use async_trait::async_trait;
 
 pub use self::copy::Copy;
 pub use self::error::{BrokerError, BrokerErrorKind};
+pub use self::hold::HoldSteps;
 pub use self::spec::{AmqpOptions, Declare, Destination, NatsOptions, QueueKind, QueueSpec};
 pub use self::url::connect;
 use crate::Delivery;
@@ -40,6 +42,12 @@ pub trait Broker: Debug + Send + Sync + 'static {
 
     /// The scope in which ids are unique, if the queue's configuration names none.
     fn default_scope(&self, queue: &QueueSpec) -> String;
+
+    /// The only delays that a delivery of this queue can have in one hop; `None`: any delay will do.
+    fn hold_steps<'a>(&self, queue: &'a QueueSpec) -> Option<&'a HoldSteps> {
+        let _ = queue;
+        None
+    }
 
     /// Declares what the queue needs, or checks that it is there: the queue itself, its hold
     /// queue, its dead-letter destination.
@@ -103,7 +111,7 @@ pub struct Features {
     pub redelivers: bool,
     /// The broker has a deadline for each delivery, extended by heartbeats: how long it is.
     pub ack_deadline: Option<std::time::Duration>,
-    /// The finest delay it keeps. AMQP: the one hold step.
+    /// The finest delay it keeps. AMQP: the shortest hold step.
     pub delay_step: std::time::Duration,
     /// Deliveries are counted by the broker.
     pub counts_deliveries: bool,

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::HoldSteps;
 use crate::defaults;
 
 /// What a broker has to know of a queue: names and numbers, nothing of the handler.
@@ -18,8 +19,8 @@ pub struct QueueSpec {
     pub dead_letter: Option<Destination>,
     /// Start even if the dead-letter destination is missing; the queue pauses at the first dead letter.
     pub allow_missing_dead_letter: bool,
-    /// AMQP: the one hold step. A delayed message comes back after this long, at most once per step.
-    pub hold: Duration,
+    /// AMQP: the hold steps, of which every delay is made.
+    pub holds: HoldSteps,
     /// How often heartbeats will come: a broker's own deadline should be three times this.
     pub heartbeat: Duration,
     /// How long a copy may take to be confirmed.
@@ -39,7 +40,7 @@ impl QueueSpec {
             declare: Declare::Check,
             dead_letter: None,
             allow_missing_dead_letter: false,
-            hold: defaults::HOLD,
+            holds: HoldSteps::default(),
             heartbeat: defaults::LEASE / defaults::RENEWALS_PER_LEASE,
             confirm: defaults::CONFIRM,
             amqp: AmqpOptions::default(),

@@ -6,10 +6,15 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::broker::QueueSpec;
+use crate::broker::{HoldSteps, QueueSpec};
 use crate::dedup::{DedupLayer, DedupStore, MemoryStore, SharedStore, StorePolicy};
 use crate::handler::Needs;
+use crate::inbox::Inbox;
+use crate::redeliver::OwnPolicy;
 use crate::{Backoff, MissingId, Observer, defaults};
+
+/// More exact delays than this get no hold queue of their own: the steps between them will do.
+const MOST_DELAYS: u32 = 12;
 
 /// Everything about a queue but its handler.
 #[derive(Clone)]
@@ -17,13 +22,17 @@ pub(crate) struct QueueConfig {
     pub(crate) spec: QueueSpec,
     pub(crate) scope: Option<String>,
     pub(crate) store: StoreChoice,
+    pub(crate) inbox: Option<Arc<dyn Inbox>>,
     pub(crate) dedup: DedupConfig,
     pub(crate) backoff: Backoff,
+    pub(crate) retry_policy: Option<Arc<OwnPolicy>>,
     pub(crate) tries: u32,
     pub(crate) timeout: Option<Duration>,
     pub(crate) concurrency: usize,
     pub(crate) pause_hold: Duration,
     pub(crate) reject_failed: bool,
+    /// The hold steps are the user's, not ours to add to.
+    pub(crate) own_holds: bool,
     pub(crate) observer: Option<Arc<dyn Observer>>,
 }
 
@@ -88,19 +97,26 @@ impl QueueConfig {
             spec: QueueSpec::new(name),
             scope: None,
             store: StoreChoice::Default,
+            inbox: None,
             dedup: DedupConfig::default(),
             backoff: Backoff::attempts(),
+            retry_policy: None,
             tries: defaults::TRIES,
             timeout: None,
             concurrency: defaults::CONCURRENCY,
             pause_hold: defaults::PAUSE_HOLD,
             reject_failed: false,
+            own_holds: false,
             observer: None,
         }
     }
 
-    /// Where nobody has chosen one, the queue has one in memory for itself.
+    /// An inbox's own store comes first: its transactions complete claims there and nowhere else. Where nobody has
+    /// chosen one, the queue has one in memory for itself.
     pub(crate) fn store(&self) -> Arc<dyn DedupStore> {
+        if let Some(inbox) = &self.inbox {
+            return inbox.store();
+        }
         match &self.store {
             StoreChoice::Given(store) => Arc::clone(store),
             StoreChoice::Default | StoreChoice::At(_) => Arc::new(MemoryStore::new()),
@@ -132,11 +148,28 @@ impl QueueConfig {
             let (window, lease) = (self.dedup.window, self.dedup.lease);
             return Err(ConfigError::Window { queue: queue(), window, lease });
         }
-        if self.spec.hold.is_zero() {
-            return Err(ConfigError::Hold { queue: queue() });
+        if self.spec.holds.is_empty() {
+            return Err(ConfigError::NoHold { queue: queue() });
+        }
+        if let Some(step) = self.spec.holds.impossible() {
+            return Err(ConfigError::Hold { queue: queue(), step });
+        }
+        if self.inbox.is_some() {
+            self.check_inbox()?;
         }
         self.warn();
         Ok(())
+    }
+
+    /// Exact delays between attempts are steps of their own, so that each takes one hop; delays that are drawn at
+    /// random take a neighbouring step.
+    pub(crate) fn fit_holds(&mut self) {
+        if !self.own_holds && !self.backoff.has_jitter() {
+            let delays = (1..self.dedup.max_attempts.min(MOST_DELAYS)).map(|n| self.backoff.delay(n));
+            let delays: Vec<_> =
+                delays.filter(|delay| HoldSteps::new([*delay]).impossible().is_none()).collect();
+            self.spec.holds = self.spec.holds.and(delays);
+        }
     }
 
     fn warn(&self) {
@@ -151,17 +184,40 @@ impl QueueConfig {
         }
     }
 
-    /// An argument that needs a claim does not go with messages that run without one.
-    pub(crate) fn check_needs(&self, needs: Needs) -> Result<(), ConfigError> {
-        let unclaimed = match (self.dedup.missing_id, self.dedup.store_policy) {
-            (MissingId::Process, _) => "missing_id(MissingId::Process)",
-            (_, StorePolicy::Process) => "on_store_failure(StorePolicy::Process)",
-            _ => return Ok(()),
-        };
-        if needs.claim {
-            return Err(ConfigError::Needs { queue: self.spec.name.clone(), setting: unclaimed });
+    /// A transaction completes a claim of every message, in the store that it belongs to.
+    fn check_inbox(&self) -> Result<(), ConfigError> {
+        let queue = || self.spec.name.clone();
+        if !matches!(self.store, StoreChoice::Default) {
+            return Err(ConfigError::TwoStores { queue: queue() });
         }
-        Ok(())
+        match self.unclaimed() {
+            Some(setting) => Err(ConfigError::InboxWithoutClaim { queue: queue(), setting }),
+            None => Ok(()),
+        }
+    }
+
+    /// An argument that needs a claim does not go with messages that run without one; one that needs a transaction needs
+    /// an inbox. And a handler without it would write past the inbox, and promise nothing.
+    pub(crate) fn check_needs(&self, needs: Needs) -> Result<(), ConfigError> {
+        let queue = || self.spec.name.clone();
+        match (needs.transaction, self.inbox.is_some()) {
+            (true, false) => return Err(ConfigError::NoInbox { queue: queue() }),
+            (false, true) => return Err(ConfigError::NoTransaction { queue: queue() }),
+            _ => {}
+        }
+        match self.unclaimed() {
+            Some(setting) if needs.claim => Err(ConfigError::Needs { queue: queue(), setting }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The setting that lets messages run without a claim.
+    fn unclaimed(&self) -> Option<&'static str> {
+        match (self.dedup.missing_id, self.dedup.store_policy) {
+            (MissingId::Process, _) => Some("missing_id(MissingId::Process)"),
+            (_, StorePolicy::Process) => Some("on_store_failure(StorePolicy::Process)"),
+            _ => None,
+        }
     }
 }
 
@@ -236,17 +292,59 @@ pub enum ConfigError {
         /// The queue.
         queue: String,
     },
-    /// A hold step of nothing.
-    #[error("queue `{queue}` has a hold step of zero: delayed messages would come straight back")]
+    /// No hold step at all.
+    #[error(
+        "queue `{queue}` has no hold steps, and RabbitMQ no other way to delay a message: name one, or leave `.hold_steps(…)` out"
+    )]
+    NoHold {
+        /// The queue.
+        queue: String,
+    },
+    /// A hold step that no queue can have.
+    #[error("queue `{queue}` has a hold step of {step:?}: RabbitMQ takes 1 ms to 49 days")]
     Hold {
         /// The queue.
         queue: String,
+        /// The step.
+        step: Duration,
     },
     /// The handler wants what some of its messages would not have.
     #[error(
         "the handler of queue `{queue}` takes a `Fence` or `MessageId`, which messages without a claim do not have; remove `{setting}` or the argument"
     )]
     Needs {
+        /// The queue.
+        queue: String,
+        /// The setting that lets messages run without a claim.
+        setting: &'static str,
+    },
+    /// The handler wants a transaction, and nobody begins one.
+    #[error(
+        "the handler of queue `{queue}` takes a transaction, which only a queue with an inbox has: add `.inbox(…)`"
+    )]
+    NoInbox {
+        /// The queue.
+        queue: String,
+    },
+    /// The queue has an inbox, and its handler would write past it.
+    #[error(
+        "queue `{queue}` has an inbox, but its handler takes no transaction: whatever it writes is not part of it; take `PostgresTransaction` as an argument, or use `.store(…)` instead of `.inbox(…)`"
+    )]
+    NoTransaction {
+        /// The queue.
+        queue: String,
+    },
+    /// The queue's claims are to be in two places.
+    #[error(
+        "queue `{queue}` has an inbox and a store: the inbox brings its own store along; remove `.store(…)`"
+    )]
+    TwoStores {
+        /// The queue.
+        queue: String,
+    },
+    /// Some messages would have no claim that a transaction could complete.
+    #[error("queue `{queue}` has an inbox, which needs a claim for each message; remove `{setting}`")]
+    InboxWithoutClaim {
         /// The queue.
         queue: String,
         /// The setting that lets messages run without a claim.

@@ -12,13 +12,15 @@ use super::config::{ConfigError, QueueConfig, StoreChoice};
 use super::session::Line;
 use super::status::Status;
 use super::stores::Stores;
-use crate::broker::{AmqpOptions, Broker, Declare, Destination, NatsOptions};
+use crate::broker::{AmqpOptions, Broker, Declare, Destination, HoldSteps, NatsOptions};
 use crate::dedup::{DedupLayer, SharedStore, StorePolicy, Suspects};
 use crate::delivery::BoxFuture;
 use crate::handler::{Arguments, Handled, Handler, HandlerService, Needs};
+use crate::inbox::Inbox;
 use crate::pause::Gate;
 use crate::pipeline::{Inner, Pipeline};
-use crate::{Backoff, Error, Identity, MissingId, Observer, defaults};
+use crate::redeliver::Again;
+use crate::{Backoff, Error, Failure, Identity, MissingId, Observer, defaults};
 
 /// One queue: where it is, how it is consumed, and the handler of its messages.
 ///
@@ -75,7 +77,7 @@ impl Queue {
     /// A service instead of a handler: one with tower layers of your own around it.
     #[must_use]
     pub fn service(mut self, service: impl Inner) -> Self {
-        let needs = Needs { claim: false, cancellation: true };
+        let needs = Needs::CANCELLATION;
         self.start = Some(Box::new(move |pipeline, line| Ok(run(pipeline, line, service, needs))));
         self
     }
@@ -129,6 +131,13 @@ impl Queue {
     #[must_use]
     pub fn store_url(self, url: impl Into<String>) -> Self {
         self.set(|config| config.store = StoreChoice::At(url.into()))
+    }
+
+    /// Completes each id in a transaction of the handler's own, which takes it as an argument: its writes there and
+    /// the memory that it is done become true together. It brings the store along. See [the inbox](crate::inbox).
+    #[must_use]
+    pub fn inbox(self, inbox: impl Inbox) -> Self {
+        self.set(|config| config.inbox = Some(Arc::new(inbox)))
     }
 
     /// How long a completed id is remembered: an hour by default. Longer than any copy can be late.
@@ -202,6 +211,13 @@ impl Queue {
         self.set(|config| config.backoff = backoff)
     }
 
+    /// Asks this function first when, and whether, a transient failure is tried again: it is given the failure and
+    /// the attempt, from 1. See [`redeliver`](crate::redeliver) for an example.
+    #[must_use]
+    pub fn retry_policy(self, policy: impl Fn(&Failure, u32) -> Again + Send + Sync + 'static) -> Self {
+        self.set(|config| config.retry_policy = Some(Arc::new(policy)))
+    }
+
     /// In-process tries within one attempt, for short hiccups: 1 by default, that is, no second one.
     #[must_use]
     pub fn tries(self, tries: u32) -> Self {
@@ -236,10 +252,14 @@ impl Queue {
         self.set(|config| config.pause_hold = hold)
     }
 
-    /// AMQP: the one hold step, by which delayed messages come back: 5 s by default.
+    /// AMQP: the hold steps, of which every delay is made: 500 ms × 4 up to 24 days by default, each a queue that
+    /// is made when it is first needed; with an exact [`backoff`](Self::backoff), its delays as well.
     #[must_use]
-    pub fn hold(self, step: Duration) -> Self {
-        self.set(|config| config.spec.hold = step)
+    pub fn hold_steps(self, steps: impl IntoIterator<Item = Duration>) -> Self {
+        self.set(|config| {
+            config.spec.holds = HoldSteps::new(steps);
+            config.own_holds = true;
+        })
     }
 
     /// What only RabbitMQ needs to know.
@@ -280,11 +300,15 @@ impl Queue {
     ) -> Result<Run, Error> {
         let Self { mut config, start } = self;
         config.check()?;
+        config.fit_holds();
         let start = start.ok_or_else(|| ConfigError::NoHandler { queue: config.spec.name.clone() })?;
         let counters = status
             .add(&config.spec.name)
             .ok_or_else(|| ConfigError::Twice { queue: config.spec.name.clone() })?;
-        config.store = StoreChoice::Given(stores.of(&config).await?);
+        config.store = StoreChoice::Given(match &config.inbox {
+            Some(inbox) => inbox.store(),
+            None => stores.of(&config).await?,
+        });
         let (gate, background) = (Gate::default(), TaskTracker::new());
         let pipeline = Pipeline::of(config.clone(), Arc::clone(broker), gate.clone(), background.clone());
         let line = Line::new(config.clone(), Arc::clone(broker), gate, background, counters, drain);

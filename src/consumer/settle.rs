@@ -96,7 +96,7 @@ pub(super) async fn conclude(
 fn report(message: &Message, answer: &Result<Outcome, Failure>) {
     let delivery = message.delivery_number();
     match answer {
-        Err(failure) if failure.cause() == Cause::InProgress => {}
+        Err(failure) if matches!(failure.cause(), Cause::InProgress | Cause::Scheduled) => {}
         Err(failure) => {
             let error = escape(&failure.chain(), defaults::ERROR_TEXT);
             tracing::warn!(target: "guestlist", delivery, attempt = message.attempt(), cause = failure.cause().name(), error, "a delivery failed; it comes again");

@@ -468,6 +468,10 @@ impl Lease {
         *lock(&self.run_ends) = end;
     }
 
+    pub(super) fn set_ending(&self, ending: bool) {
+        self.ending.store(ending, Ordering::Release);
+    }
+
     fn ending(&self) -> bool {
         self.ending.load(Ordering::Acquire)
     }

@@ -42,6 +42,7 @@ pub mod store;
 mod suspects;
 mod wait;
 
+use std::any::Any;
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
@@ -49,6 +50,7 @@ use tokio_util::sync::CancellationToken;
 use self::claims::Lease;
 pub(crate) use self::guard::HeldClaim;
 pub use self::layer::{DedupLayer, SharedStore, StorePolicy};
+use self::protocol::Run;
 pub use self::protocol::{Before, Fence, Release};
 pub use self::service::Dedup;
 #[cfg(feature = "nats")]
@@ -63,19 +65,60 @@ pub use self::store::{PostgresStore, PostgresStoreBuilder};
 #[cfg(feature = "redis")]
 pub use self::store::{RedisStore, RedisStoreBuilder};
 pub use self::suspects::Suspects;
+use crate::DedupKey;
 
 /// What a handler may know of its run.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct RunContext {
     pub(crate) fence: Fence,
     pub(crate) attempt: u32,
     pub(crate) cancel: Option<CancellationToken>,
     lease: Arc<Lease>,
+    /// What an inbox lends to the handler.
+    loan: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl RunContext {
     /// Whether the claim behind the run still holds, by the holder's own view.
     pub(crate) fn in_force(&self) -> bool {
         self.lease.in_force()
+    }
+
+    pub(crate) fn key(&self) -> DedupKey {
+        self.lease.key
+    }
+
+    pub(crate) fn run(&self) -> Run {
+        self.lease.run
+    }
+
+    pub(crate) fn loan(&self) -> Option<&Arc<dyn Any + Send + Sync>> {
+        self.loan.as_ref()
+    }
+
+    pub(crate) fn lend(&mut self, loan: Arc<dyn Any + Send + Sync>) {
+        self.loan = Some(loan);
+    }
+
+    /// While this lives, the claim is not renewed.
+    pub(crate) fn ending(&self) -> Ending<'_> {
+        self.lease.set_ending(true);
+        Ending(&self.lease)
+    }
+}
+
+/// A claim about to be completed by somebody else's transaction. Dropped, it is renewed again.
+pub(crate) struct Ending<'a>(&'a Lease);
+
+impl Ending<'_> {
+    /// It is completed.
+    pub(crate) fn for_good(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.set_ending(false);
     }
 }

@@ -106,7 +106,7 @@ impl Ask {
 }
 
 /// How the last holder of an id ended, for the one who claims it next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Before {
     /// There was none.
     First,
@@ -119,7 +119,7 @@ pub enum Before {
 }
 
 /// The answer to a claim.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Claim {
     /// The claim is yours.
     Acquired {
@@ -167,7 +167,7 @@ impl Claim {
 }
 
 /// The answer to renew, complete and release.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Held {
     /// It was yours, and it is done.
     Yes,
@@ -178,7 +178,7 @@ pub enum Held {
 }
 
 /// Why a claim is given up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Release {
     /// The handler failed; the next attempt not before this long from now.
     Failed {

@@ -276,7 +276,8 @@ impl Door {
 
     /// With or without a claim: a handler that always defers must come to an end.
     fn expired(&self, message: &Message) -> Option<Failure> {
-        let age = message.timestamp().and_then(|sent| SystemTime::now().duration_since(sent).ok());
+        let since = message.timestamp().max(message.due());
+        let age = since.and_then(|sent| SystemTime::now().duration_since(sent).ok());
         let expired = self.settings.max_age.is_some_and(|max| age.is_some_and(|age| age > max));
         expired
             .then(|| Failure::new(FailureClass::Permanent, Cause::Expired, "older than the queue's max_age"))
@@ -295,6 +296,7 @@ impl Door {
             attempt: claim.attempt(),
             cancel: lease.cancel.clone(),
             lease: Arc::clone(lease),
+            loan: None,
         };
         let handled = run_until(end, ready, message.for_run(context)).await;
         lease.run_until(None);

@@ -2,25 +2,27 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
+use super::policy::Policy;
 use crate::pipeline::OutsideDedup;
 use crate::settlement;
-use crate::{Backoff, BoxError, Failure, Message, Outcome};
+use crate::{BoxError, Cause, Failure, FailureClass, Message, Outcome};
 
 /// Middleware that plans when a failed delivery comes again. See the [module docs](super).
 #[derive(Clone, Debug)]
 pub struct Redeliver<S> {
     inner: S,
-    backoff: Backoff,
+    policy: Arc<Policy>,
 }
 
 impl<S> Redeliver<S> {
-    pub(super) const fn new(inner: S, backoff: Backoff) -> Self {
-        Self { inner, backoff }
+    pub(super) const fn new(inner: S, policy: Arc<Policy>) -> Self {
+        Self { inner, policy }
     }
 }
 
@@ -39,7 +41,8 @@ where
     }
 
     fn call(&mut self, message: Message) -> Self::Future {
-        RedeliverFuture { inner: self.inner.call(message.clone()), message, backoff: self.backoff }
+        let inner = self.inner.call(message.clone());
+        RedeliverFuture { inner, message, policy: Arc::clone(&self.policy) }
     }
 }
 
@@ -50,7 +53,7 @@ pin_project! {
         #[pin]
         inner: F,
         message: Message,
-        backoff: Backoff,
+        policy: Arc<Policy>,
     }
 }
 
@@ -66,18 +69,22 @@ where
         let this = self.project();
         let answer = match ready!(this.inner.poll(cx)) {
             Ok(outcome) => Ok(outcome.into()),
-            Err(error) => Err(planned(Failure::from_error(error.into()), this.message, this.backoff)),
+            Err(error) => Err(planned(Failure::from_error(error.into()), this.message, this.policy)),
         };
         Poll::Ready(answer.map_err(Failure::into_error))
     }
 }
 
 /// The first plan stands.
-fn planned(mut failure: Failure, message: &Message, backoff: &Backoff) -> Failure {
+fn planned(mut failure: Failure, message: &Message, policy: &Policy) -> Failure {
     if failure.plan().is_some() {
         return failure;
     }
-    if let Some(plan) = settlement::redelivery(failure.class(), backoff.delay(message.attempt())) {
+    let Some(backoff) = policy.delay(&failure, message.attempt()) else {
+        failure.reclassify(FailureClass::Permanent, Cause::Permanent);
+        return failure;
+    };
+    if let Some(plan) = settlement::redelivery(failure.class(), backoff) {
         failure.set_plan(plan);
     }
     failure

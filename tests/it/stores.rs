@@ -10,7 +10,11 @@ mod nats_kv;
 mod near;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(feature = "postgres")]
+mod postgres_inbox;
 #[cfg(feature = "redis")]
 mod redis;
+#[cfg(any(feature = "redis", feature = "postgres", feature = "nats", feature = "durable"))]
+mod servers;
 mod swap;
 mod url;

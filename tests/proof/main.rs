@@ -1,3 +1,4 @@
-//! Proofs by machine: what no list of cases would come upon.
+//! Proofs by machine, on the crate's own protocol, settlement rules and layers. See `docs/proof.md`.
 
+mod model;
 mod sim;

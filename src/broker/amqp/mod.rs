@@ -30,11 +30,15 @@
 //! # Delays
 //!
 //! AMQP has no delayed redelivery. A delayed message is copied to `<queue>.hold.<step>ms`, a queue
-//! that dead-letters it back after the one step of its [`QueueSpec::hold`]. A delay that is longer
-//! takes several rounds (the store says when it is due), one that is shorter takes a whole step. The
-//! hold queue is made when it is missing, also with [`Declare::Check`](crate::broker::Declare), and
-//! always a quorum queue with at-least-once dead-lettering: RabbitMQ 3.10 or later. Another step is
-//! another queue; the old one still returns what is in it, and can be deleted when it is empty.
+//! that dead-letters it back after that step. The [steps](crate::broker::HoldSteps) are few; a delay
+//! that is none of them takes several hops, and is late by less than the shortest step (half a
+//! second). What is left of the delay is known to the store, or to the message's own
+//! [time](crate::delay). A delay that is drawn at random is drawn among the steps, so it takes one hop.
+//!
+//! The queue of the shortest step is made at the start, the others when they are first needed, also
+//! with [`Declare::Check`](crate::broker::Declare): quorum queues with at-least-once dead-lettering,
+//! which takes RabbitMQ 3.10 or later. Where one cannot be made, the shortest one serves. A queue of a
+//! step that is used no more still returns what is in it, and can be deleted when it is empty.
 //!
 //! If the copy fails, the delivery is given back a second later, and the error returned.
 //!
@@ -76,6 +80,7 @@
 //! own consumer and take only the layers.
 
 mod connect;
+mod holds;
 mod publish;
 mod settle;
 mod source;
@@ -87,7 +92,7 @@ pub use lapin;
 
 pub use self::connect::{Amqp, ConnectOptions};
 pub use self::split::split;
-use super::{Broker, BrokerError, Copy, Destination, Features, QueueSpec, Subscription};
+use super::{Broker, BrokerError, Copy, Destination, Features, HoldSteps, QueueSpec, Subscription};
 use crate::defaults;
 
 #[async_trait]
@@ -99,7 +104,7 @@ impl Broker for Amqp {
     /// The delay step is that of a queue with the defaults. Whether deliveries are counted depends
     /// on the queue, so they are not.
     fn features(&self) -> Features {
-        Features { delay_step: defaults::HOLD, ..Features::new() }
+        Features { delay_step: defaults::HOLD_SHORTEST, ..Features::new() }
     }
 
     /// `amqp:{vhost}/{queue}`. Slashes in a vhost's name, but for that of the default one, are
@@ -110,6 +115,10 @@ impl Broker for Amqp {
             other => other.replace('%', "%25").replace('/', "%2F"),
         };
         format!("amqp:{vhost}/{}", queue.name)
+    }
+
+    fn hold_steps<'a>(&self, queue: &'a QueueSpec) -> Option<&'a HoldSteps> {
+        Some(&queue.holds)
     }
 
     async fn prepare(&self, queue: &QueueSpec) -> Result<(), BrokerError> {

@@ -40,6 +40,10 @@ impl Publisher {
         Self { link, permits: Semaphore::new(CHANNELS), idle: Mutex::default() }
     }
 
+    pub(super) fn link(&self) -> &Link {
+        &self.link
+    }
+
     /// Publishes to the queue by the default exchange: a copy goes back to one consumer, and
     /// never to whatever else the original exchange feeds.
     pub(super) async fn publish(

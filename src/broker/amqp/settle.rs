@@ -9,7 +9,7 @@ use lapin::Channel;
 use lapin::options::{BasicAckOptions, BasicNackOptions, BasicRejectOptions};
 
 use super::connect::REPLY_SUCCESS;
-use super::publish::Publisher;
+use super::holds::Holds;
 use crate::broker::{BrokerError, BrokerErrorKind, Copy};
 use crate::delivery::BoxFuture;
 use crate::{AckHandle, Disposition, Message, Settle, Settling};
@@ -86,13 +86,6 @@ pub(super) struct Settler {
     holds: Arc<Holds>,
 }
 
-/// Where delayed deliveries go meanwhile.
-pub(super) struct Holds {
-    pub(super) publisher: Arc<Publisher>,
-    pub(super) queue: String,
-    pub(super) confirm: Duration,
-}
-
 impl Settler {
     pub(super) fn new(lane: Lane, holds: Holds) -> Self {
         Self { lane, holds: Arc::new(holds) }
@@ -114,11 +107,11 @@ impl Settle for Settler {
             Disposition::Reject => Settling::Now(self.lane.reject(tag)),
             // No copy of what is delivered again anyway.
             _ if !self.lane.open() => Settling::Now(Err(closed())),
-            Disposition::Requeue { .. } => {
-                Settling::Later(self.hold(tag, message.clone(), |message| Copy::hold(message)))
+            Disposition::Requeue { after } => {
+                Settling::Later(self.hold(tag, message.clone(), after, |message| Copy::hold(message)))
             }
-            Disposition::Release { .. } => {
-                Settling::Later(self.hold(tag, message.clone(), |message| Copy::release(message)))
+            Disposition::Release { after } => {
+                Settling::Later(self.hold(tag, message.clone(), after, |message| Copy::release(message)))
             }
         }
     }
@@ -128,11 +121,17 @@ type MakeCopy = for<'a> fn(&'a Message) -> Copy<'a>;
 
 impl Settler {
     /// The original is acked only when its copy is confirmed, and in a queue.
-    fn hold(&self, tag: u64, message: Message, copy: MakeCopy) -> BoxFuture<Result<(), BrokerError>> {
+    fn hold(
+        &self,
+        tag: u64,
+        message: Message,
+        delay: Duration,
+        copy: MakeCopy,
+    ) -> BoxFuture<Result<(), BrokerError>> {
         let holds = Arc::clone(&self.holds);
         let original = Original { lane: Some(self.lane.clone()), tag };
         async move {
-            match holds.publish(&copy(&message)).await {
+            match holds.publish(&copy(&message), delay).await {
                 Ok(()) => original.ack(),
                 Err(error) => {
                     tokio::time::sleep(FAILED_COPY_PAUSE).await;
@@ -142,12 +141,6 @@ impl Settler {
             }
         }
         .boxed()
-    }
-}
-
-impl Holds {
-    async fn publish(&self, copy: &Copy<'_>) -> Result<(), BrokerError> {
-        self.publisher.publish(&self.queue, copy, self.confirm).await
     }
 }
 

@@ -12,8 +12,9 @@ use lapin::{BasicProperties, Consumer, ErrorKind, message};
 use tokio::time::timeout;
 
 use super::connect::{Amqp, FAREWELL, REPLY_SUCCESS, answered, reply_code, said_no};
-use super::settle::{Holds, Lane, Settler};
-use super::topology::{hold_queue, queue_name};
+use super::holds::Holds;
+use super::settle::{Lane, Settler};
+use super::topology::queue_name;
 use crate::broker::{BrokerError, BrokerErrorKind, QueueSpec, Subscription, copy};
 use crate::delivery::BoxFuture;
 use crate::message::{MessageBuilder, Source};
@@ -27,11 +28,7 @@ const ANSWER: Duration = Duration::from_secs(15);
 
 pub(super) async fn subscribe(amqp: &Amqp, queue: &QueueSpec) -> Result<AmqpSubscription, BrokerError> {
     let name = queue_name("the queue's name", &queue.name)?;
-    let holds = Holds {
-        publisher: Arc::clone(&amqp.publisher),
-        queue: hold_queue(queue)?.to_string(),
-        confirm: queue.confirm,
-    };
+    let holds = Holds::new(Arc::clone(&amqp.publisher), queue);
     let (channel, _) = amqp.consuming.channel().await?;
     let lane = Lane::new(channel);
     let consumer =

@@ -15,13 +15,14 @@ const ANSWER: Duration = Duration::from_secs(15);
 
 pub(super) async fn prepare(link: &Link, queue: &QueueSpec) -> Result<(), BrokerError> {
     source(link, queue).await?;
-    hold(link, queue).await?;
+    // The other steps are made when they are first needed: by then, this one has shown that it can be done.
+    hold(link, queue, queue.holds.shortest()).await?;
     dead_letter(link, queue).await
 }
 
-/// The name of the queue whose messages come back to `queue` after its hold step.
-pub(super) fn hold_queue(queue: &QueueSpec) -> Result<ShortString, BrokerError> {
-    let millis = queue.hold.as_millis();
+/// The name of the queue whose messages come back to `queue` after this step.
+pub(super) fn hold_queue(queue: &QueueSpec, step: Duration) -> Result<ShortString, BrokerError> {
+    let millis = step.as_millis();
     if millis == 0 {
         return Err(refused(
             "the hold step is shorter than a millisecond: messages would go round without a pause".into(),
@@ -50,9 +51,10 @@ async fn source(link: &Link, queue: &QueueSpec) -> Result<(), BrokerError> {
     }
 }
 
-async fn hold(link: &Link, queue: &QueueSpec) -> Result<(), BrokerError> {
-    let name = hold_queue(queue)?;
-    let arguments = hold_arguments(queue);
+/// Makes the hold queue of a step, or finds it there as it has to be.
+pub(super) async fn hold(link: &Link, queue: &QueueSpec, step: Duration) -> Result<(), BrokerError> {
+    let name = hold_queue(queue, step)?;
+    let arguments = hold_arguments(queue, step);
     let error = match declare(link, &name, DURABLE, arguments).await? {
         Ok(()) => return Ok(()),
         Err(error) => error,
@@ -76,8 +78,8 @@ async fn hold(link: &Link, queue: &QueueSpec) -> Result<(), BrokerError> {
 
 /// Quorum and at-least-once whatever the source is: a classic queue's dead-letter hop is
 /// unconfirmed. Without `reject-publish` at-least-once would silently be at-most-once.
-fn hold_arguments(queue: &QueueSpec) -> FieldTable {
-    let millis = i64::try_from(queue.hold.as_millis()).unwrap_or(i64::MAX);
+fn hold_arguments(queue: &QueueSpec, step: Duration) -> FieldTable {
+    let millis = i64::try_from(step.as_millis()).unwrap_or(i64::MAX);
     table([
         ("x-queue-type", text("quorum")),
         ("x-message-ttl", AMQPValue::LongLongInt(millis)),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::mem;
 use std::sync::{Arc, Mutex};
 use std::task::Waker;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -102,7 +102,8 @@ impl Queue {
     pub(super) fn put(&self, content: MessageBuilder) {
         self.change(|state| {
             let place = state.number();
-            state.waiting.insert(place, Entry { place, content: Arc::new(content), deliveries: 0 });
+            let content = Arc::new(content.or_timestamp(SystemTime::now));
+            state.waiting.insert(place, Entry { place, content, deliveries: 0 });
         });
     }
 

@@ -408,7 +408,7 @@ impl Link {
     }
 
     /// Ends with the next disconnection, counted from now.
-    pub(super) fn loss(&self) -> impl Future<Output = ()> + Send + use<> {
+    pub(crate) fn loss(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut lost = self.lost.clone();
         lost.mark_unchanged();
         async move {

@@ -7,7 +7,7 @@ mod memory;
 pub mod nats_kv;
 mod near;
 #[cfg(feature = "postgres")]
-mod postgres;
+pub(crate) mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
 mod url;

@@ -39,7 +39,7 @@ const GARBAGE_AFTER: Duration = Duration::from_secs(60);
 ///    a cache of their own after at most that long.
 /// 5. It is full at its capacity, and then forgets what was least lately used: that id costs a round trip again.
 ///
-/// The page [near_cache](crate::_docs::near_cache) says when to choose it.
+/// The page [`near_cache`](crate::_docs::near_cache) says when to choose it.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() {
@@ -212,15 +212,22 @@ impl DedupStore for NearCache {
 
     /// Other processes with a cache of their own may answer `Done` for [`MAX_AGE`](Self::MAX_AGE) more.
     async fn forget(&self, key: &DedupKey) -> Result<bool, StoreError> {
-        // Before and after: an answer that was on its way at either time is of an earlier age.
-        self.shared.age.fetch_add(1, Ordering::SeqCst);
-        let there = self.store.forget(key).await;
-        self.shared.age.fetch_add(1, Ordering::SeqCst);
-        there
+        // Also if this is dropped half-way, when the store may have forgotten.
+        let _at_last = NextAge(&self.shared.age);
+        self.store.forget(key).await
     }
 
     fn features(&self) -> StoreFeatures {
         self.store.features()
+    }
+}
+
+/// Begins another age when it is dropped.
+struct NextAge<'a>(&'a AtomicU64);
+
+impl Drop for NextAge<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
     }
 }
 

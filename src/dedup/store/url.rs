@@ -39,13 +39,10 @@ const SCHEMES: &str = "memory:, file:, redis://, postgres:// or nats://";
 pub async fn connect(url: &str) -> Result<Arc<dyn DedupStore>, StoreError> {
     match url.split_once(':').map(|(scheme, _)| scheme) {
         Some("memory") => Ok(Arc::new(MemoryStore::new())),
-        Some("file") => Err(absent("a folder of this machine", "durable")),
-        Some("postgres" | "postgresql") => Err(absent("PostgreSQL", "postgres")),
-        Some("nats" | "tls") => Err(absent("NATS", "nats")),
-        #[cfg(feature = "redis")]
-        Some(scheme) if is_redis(scheme) => Ok(Arc::new(super::RedisStore::connect(url).await?)),
-        #[cfg(not(feature = "redis"))]
-        Some(scheme) if is_redis(scheme) => Err(absent("Redis", "redis")),
+        Some("file") => durable(url).await,
+        Some("postgres" | "postgresql") => postgres(url).await,
+        Some("nats" | "tls") => nats(url).await,
+        Some(scheme) if is_redis(scheme) => redis(url).await,
         // The rest of the URL may hold a password: only the scheme is shown.
         Some(scheme) => Err(StoreError::new(format!("no store speaks `{scheme}:`: use {SCHEMES}"))),
         None => Err(StoreError::new(format!("a store's URL begins with {SCHEMES}"))),
@@ -58,8 +55,25 @@ fn is_redis(scheme: &str) -> bool {
     matches!(server, "redis" | "rediss" | "valkey" | "valkeys")
 }
 
-fn absent(store: &str, feature: &str) -> StoreError {
-    StoreError::new(format!(
-        "this build of guestlist keeps no ids in {store}: enable its feature `{feature}`"
-    ))
+macro_rules! stores {
+    ($($name:ident: $feature:literal, $store:ident, $what:literal;)+) => {$(
+        #[cfg(feature = $feature)]
+        async fn $name(url: &str) -> Result<Arc<dyn DedupStore>, StoreError> {
+            Ok(Arc::new(super::$store::connect(url).await?))
+        }
+
+        #[cfg(not(feature = $feature))]
+        #[expect(clippy::unused_async, reason = "the other build awaits")]
+        async fn $name(_url: &str) -> Result<Arc<dyn DedupStore>, StoreError> {
+            let (what, feature) = ($what, $feature);
+            Err(StoreError::new(format!("this build of guestlist keeps no ids in {what}: enable its feature `{feature}`")))
+        }
+    )+};
+}
+
+stores! {
+    durable: "durable", DurableStore, "a folder of this machine";
+    redis: "redis", RedisStore, "Redis";
+    postgres: "postgres", PostgresStore, "PostgreSQL";
+    nats: "nats", NatsKvStore, "NATS";
 }

@@ -92,7 +92,7 @@ impl<'a> Stage<'a> {
 
     /// The broker's step of delay for this queue; zero: exact.
     pub(super) fn delay_step(&self) -> Duration {
-        self.features.delay_step.min(self.queue.hold)
+        self.features.delay_step.min(self.queue.holds.shortest())
     }
 }
 

@@ -177,9 +177,7 @@ impl Judge<'_> {
         }
         for duplicate in told.duplicates.iter().copied() {
             let ran = |run: &&Run| {
-                run.ran
-                    .or(run.completed)
-                    .is_some_and(|ran| self.story.may_precede(ran, duplicate, self.slack()))
+                self.ran(run).is_some_and(|ran| self.story.may_precede(ran, duplicate, self.slack()))
             };
             let ran: Vec<&Run> = told.runs.iter().filter(ran).collect();
             if ran.is_empty() {
@@ -188,6 +186,14 @@ impl Judge<'_> {
                 self.same_body(key, &ran, duplicate);
             }
         }
+    }
+
+    /// From when on the id may have been done.
+    fn ran(&self, run: &Run) -> Option<At> {
+        if self.settings.inbox {
+            return run.started.filter(|_| run.failed.is_none());
+        }
+        run.ran.or(run.completed)
     }
 
     fn no_duplicate(&mut self, key: DedupKey, told: &Key, duplicate: At) {

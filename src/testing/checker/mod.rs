@@ -85,12 +85,14 @@ use crate::{DedupKey, EventKind, defaults};
 /// Checks logs. Its settings are those of the queue whose log it is; they begin as a queue's do.
 /// See the [module docs](self) for an example.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "settings that do not depend on each other")]
 pub struct Checker {
     lease: Duration,
     window: Duration,
     max_attempts: Option<u32>,
     pauses: bool,
     compare_bodies: bool,
+    inbox: bool,
     whole: bool,
     slack: Duration,
     returns: usize,
@@ -119,6 +121,7 @@ impl Checker {
             max_attempts: Some(defaults::MAX_ATTEMPTS),
             pauses: true,
             compare_bodies: true,
+            inbox: false,
             whole: true,
             slack: Self::SLACK,
             returns: Self::RETURNS,
@@ -154,6 +157,14 @@ impl Checker {
     #[must_use]
     pub const fn any_body(self) -> Self {
         Self { compare_bodies: false, ..self }
+    }
+
+    /// The queue has an [inbox](crate::inbox): an id is done when its transaction commits, which is after its handler
+    /// returned and a moment before the log says so. A copy may be a duplicate in that moment, or for ever if the
+    /// process was killed in it.
+    #[must_use]
+    pub const fn inbox(self) -> Self {
+        Self { inbox: true, ..self }
     }
 
     /// The log begins in the middle: ids may have been handled, and claimed, before it.

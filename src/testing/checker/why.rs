@@ -68,8 +68,12 @@ impl Judge<'_> {
         if !fresh || restores(last) {
             return Origin::Same;
         }
-        let above = series.generation.and_then(|generation| generation.checked_add(1));
-        if above == Some(next.generation) {
+        let redriven = match series.generation {
+            Some(generation) => generation.checked_add(1) == Some(next.generation),
+            // The log does not show how the record began.
+            None => next.generation > last.generation,
+        };
+        if redriven {
             Origin::Redriven
         } else if self.window_over(last, next) {
             Origin::WindowOver

@@ -234,6 +234,8 @@ impl Key {
             assert!(Instant::now() < give_up_at, "the record is still there: {record:?}");
             sleep(self.poll()).await;
         }
+        // The other handle may notice it so much later.
+        sleep(self.pace.late).await;
     }
 
     /// Waits until what was asked for a [short](Pace::short) time is over, by every clock.

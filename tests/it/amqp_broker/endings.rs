@@ -78,7 +78,7 @@ async fn a_cut_connection_ends_the_subscription_and_a_new_one_gets_everything() 
         let error = next(&mut subscription).await.unwrap().unwrap_err();
         assert_eq!(error.kind(), BrokerErrorKind::Unreachable);
         assert!(next(&mut subscription).await.is_none());
-        settles_as_closed(in_hand, Disposition::Requeue { after: queue.hold }).await;
+        settles_as_closed(in_hand, Disposition::Requeue { after: queue.holds.shortest() }).await;
         subscription.close().await;
 
         let mut again = broker.subscribe(&queue).await.unwrap();

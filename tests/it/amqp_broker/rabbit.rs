@@ -10,7 +10,9 @@ use guestlist::broker::amqp::lapin::message::BasicGetMessage;
 use guestlist::broker::amqp::lapin::options::*;
 use guestlist::broker::amqp::lapin::types::{AMQPValue, FieldTable};
 use guestlist::broker::amqp::lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
-use guestlist::broker::{AmqpOptions, Broker, BrokerError, Declare, QueueKind, QueueSpec, Subscription};
+use guestlist::broker::{
+    AmqpOptions, Broker, BrokerError, Declare, HoldSteps, QueueKind, QueueSpec, Subscription,
+};
 use tokio::time::{sleep, timeout};
 
 /// What has not happened after this long will not happen.
@@ -44,7 +46,7 @@ pub(crate) fn spec(name: &str, kind: QueueKind) -> QueueSpec {
     let mut queue = QueueSpec::new(unique(name));
     queue.declare = Declare::Create;
     queue.prefetch = 8;
-    queue.hold = Duration::from_millis(300);
+    queue.holds = HoldSteps::new([Duration::from_millis(300)]);
     queue.dead_letter = Some(format!("{}.dead", queue.name).into());
     if kind == QueueKind::Classic {
         queue.amqp = AmqpOptions::classic();
@@ -53,7 +55,7 @@ pub(crate) fn spec(name: &str, kind: QueueKind) -> QueueSpec {
 }
 
 pub(crate) fn hold_queue(queue: &QueueSpec) -> String {
-    format!("{}.hold.{}ms", queue.name, queue.hold.as_millis())
+    format!("{}.hold.{}ms", queue.name, queue.holds.shortest().as_millis())
 }
 
 /// The broker under test, and a queue that is declared.

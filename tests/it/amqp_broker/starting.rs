@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use guestlist::broker::amqp::Amqp;
 use guestlist::broker::{
-    AmqpOptions, Broker, BrokerError, BrokerErrorKind, Copy, Declare, QueueKind, QueueSpec,
+    AmqpOptions, Broker, BrokerError, BrokerErrorKind, Copy, Declare, HoldSteps, QueueKind, QueueSpec,
 };
 use guestlist::{Disposition, Message};
 use tokio::io::AsyncReadExt;
@@ -91,7 +91,7 @@ async fn loops_are_refused() {
     queue.dead_letter = Some(queue.name.as_str().into());
     assert_refused(broker.prepare(&queue).await, &[&queue.name, "its own dead-letter queue"]);
     queue.dead_letter = None;
-    queue.hold = Duration::from_micros(900);
+    queue.holds = HoldSteps::new([Duration::from_micros(900)]);
     assert_refused(broker.prepare(&queue).await, &["hold step"]);
 }
 

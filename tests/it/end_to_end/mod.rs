@@ -2,6 +2,8 @@
 
 #[cfg(feature = "amqp")]
 mod amqp;
+#[cfg(feature = "testing")]
+mod delays;
 #[cfg(feature = "nats")]
 mod nats;
 mod proxy;

@@ -21,12 +21,12 @@ use super::{
 /// Longer than the duplicate window of the streams here: the server itself would swallow a copy within it.
 const WINDOW: Duration = Duration::from_millis(100);
 
-fn url() -> String {
+pub(super) fn url() -> String {
     env("GUESTLIST_NATS_URL")
 }
 
 /// The plain client, as a stranger uses it.
-struct Stranger(Context);
+pub(super) struct Stranger(pub(super) Context);
 
 impl Stranger {
     async fn at(url: &str) -> Self {
@@ -62,7 +62,7 @@ impl Stranger {
     }
 
     /// Both the source and the place for its dead letters.
-    async fn with_dead_letters(name: &str) -> Self {
+    pub(super) async fn with_dead_letters(name: &str) -> Self {
         let stranger = Self::new().await;
         stranger.work_queue(name).await;
         stranger.stream(&dead(name), &dead(name)).await;
@@ -91,7 +91,7 @@ fn durable(name: &str) -> pull::Config {
     }
 }
 
-fn dead(name: &str) -> String {
+pub(super) fn dead(name: &str) -> String {
     format!("{name}-dead")
 }
 

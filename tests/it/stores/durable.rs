@@ -53,6 +53,11 @@ fn folder_of_child() -> PathBuf {
     std::env::var_os(FOLDER).expect("run as a child of another test").into()
 }
 
+/// Waits until the last handle that was dropped has let go of the folder.
+fn until_free(folder: &Path) {
+    fs::File::open(folder.join("guestlist.lock")).unwrap().lock().unwrap();
+}
+
 fn key(number: u64) -> DedupKey {
     let mut key = [0; 16];
     key[..8].copy_from_slice(&number.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes());
@@ -112,7 +117,7 @@ async fn attempts_and_suspicion_survive_restarts() {
         let alone = Ask { alone: true, ..ask() };
         match store.claim(&key(1), &alone).await.unwrap() {
             Claim::Acquired { attempt: counted, before: Before::Vanished, .. } => {
-                assert_eq!(counted, attempt)
+                assert_eq!(counted, attempt);
             }
             other => panic!("{other:?}"),
         }
@@ -181,6 +186,7 @@ async fn a_second_opening_says_who_has_it() {
 
     handle(&store, 1).await.unwrap();
     drop(store);
+    until_free(&temp.0);
     handle(&temp.open().await, 2).await.unwrap();
 }
 
@@ -191,6 +197,15 @@ async fn open_and_say() {
         Ok(_) => println!("opened"),
         Err(error) => println!("{error}"),
     }
+}
+
+#[tokio::test]
+async fn it_is_chosen_by_url() {
+    let temp = Temp::new();
+    let url = format!("file://{}?durability=power", temp.0.display());
+    let store = guestlist::dedup::connect(&url).await.unwrap();
+    assert!(format!("{store:?}").contains("durability: Power"), "{store:?}");
+    assert!(store.features().survives_restart && !store.features().shared);
 }
 
 #[tokio::test]
@@ -230,7 +245,6 @@ async fn no_other_user_can_read_it() {
 #[tokio::test]
 async fn what_was_never_finished_is_made_anew() {
     let temp = Temp::new();
-    drop(temp.open().await);
     let store = temp.open().await;
     store.close().await.unwrap();
     fs::rename(temp.0.join("data"), temp.0.join("new")).unwrap();

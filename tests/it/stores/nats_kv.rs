@@ -3,6 +3,7 @@
 
 mod bucket;
 mod cluster;
+mod contract;
 mod faults;
 mod machine;
 mod server;

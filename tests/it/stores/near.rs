@@ -11,7 +11,7 @@ use guestlist::testing::store_contract::{
     Pace, StoreFixture, it_answers_as_the_machine_does, store_contract,
 };
 use guestlist::testing::{Fault, FaultyStore};
-use tokio::time::{advance, sleep};
+use tokio::time::{advance, sleep, timeout};
 
 use super::swap::Swap;
 use crate::support::{HOUR, LEASE, MINUTE, SECOND, Trial, every_call_fails_once};
@@ -61,7 +61,7 @@ async fn every_call_under_it_may_fail_once() {
     every_call_fails_once(|| async { Arc::new(MemoryStore::new()) as _ }, near).await;
 }
 
-/// A store whose answers to claims take a second to arrive, and to which a `forget` takes two.
+/// A store whose answers to claims take a second to arrive, and to which a `forget` takes two, and two back.
 #[derive(Debug)]
 struct LateAnswers(MemoryStore);
 
@@ -91,7 +91,9 @@ impl DedupStore for LateAnswers {
 
     async fn forget(&self, key: &DedupKey) -> Result<bool, StoreError> {
         sleep(2 * SECOND).await;
-        self.0.forget(key).await
+        let there = self.0.forget(key).await;
+        sleep(2 * SECOND).await;
+        there
     }
 
     fn features(&self) -> StoreFeatures {
@@ -278,6 +280,16 @@ async fn an_answer_that_was_on_its_way_does_not_bring_back_what_was_forgotten() 
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_forget_that_is_dropped_half_way_is_one_all_the_same() {
+    let store = MemoryStore::new();
+    let near = NearCache::new(LateAnswers(store.clone()));
+    assert!(matches!(near.claim(&KEY, &ask(1)).await.unwrap(), Claim::Acquired { .. }));
+    assert_eq!(near.complete(&KEY, run(1), HOUR).await.unwrap(), Held::Yes);
+    assert!(timeout(3 * SECOND, near.forget(&KEY)).await.is_err(), "the store has forgotten, unheard");
+    assert!(matches!(near.claim(&KEY, &ask(2)).await.unwrap(), Claim::Acquired { .. }));
+}
+
+#[tokio::test(start_paused = true)]
 async fn it_remembers_for_no_longer_than_a_minute_whatever_it_is_told() {
     let mut desk = Desk::new();
     desk.near = desk.near.clone().with_max_age(HOUR);
@@ -318,6 +330,13 @@ async fn it_calls_nothing_done_that_the_store_has_not() {
     assert_eq!(desk.near.release(&KEY, run(1), failed).await.unwrap(), Held::Yes);
     assert_eq!(desk.near.complete(&KEY, run(1), HOUR).await.unwrap(), Held::Lost);
     assert!(matches!(claim(2).await, Claim::Acquired { attempt: 2, .. }));
+    // Nor by a completion of a claim that was lost meanwhile.
+    desk.store.forget(&KEY).await.unwrap();
+    assert!(matches!(desk.store.claim(&KEY, &ask(8)).await.unwrap(), Claim::Acquired { .. }));
+    assert_eq!(desk.near.complete(&KEY, run(2), HOUR).await.unwrap(), Held::Lost);
+    assert!(matches!(claim(3).await, Claim::InProgress { .. }));
+    desk.store.forget(&KEY).await.unwrap();
+    assert!(matches!(claim(2).await, Claim::Acquired { .. }));
     let parked = Release::DeadLettered;
     assert_eq!(desk.near.release(&KEY, run(2), parked).await.unwrap(), Held::Yes);
     for _ in 0..2 {
@@ -328,23 +347,48 @@ async fn it_calls_nothing_done_that_the_store_has_not() {
     assert_eq!(desk.near.hits(), 0);
 }
 
+async fn remember(near: &NearCache, number: u128) -> DedupKey {
+    let key = DedupKey::from_bytes(number.to_le_bytes());
+    assert!(matches!(near.claim(&key, &ask(1)).await.unwrap(), Claim::Acquired { .. }));
+    assert_eq!(near.complete(&key, run(1), HOUR).await.unwrap(), Held::Yes);
+    key
+}
+
+/// How many of these are answered near by.
+async fn near_by(near: &NearCache, numbers: std::ops::Range<u128>) -> u64 {
+    let before = near.hits();
+    for number in numbers {
+        near.claim(&DedupKey::from_bytes(number.to_le_bytes()), &ask(2)).await.unwrap();
+    }
+    near.hits() - before
+}
+
 #[tokio::test(start_paused = true)]
 async fn it_is_bounded() {
-    let store = MemoryStore::new();
-    let near = NearCache::new(store).with_capacity(100);
-    for number in 0..10_000_u128 {
-        let key = DedupKey::from_bytes(number.to_le_bytes());
-        assert!(matches!(near.claim(&key, &ask(1)).await.unwrap(), Claim::Acquired { .. }));
-        assert_eq!(near.complete(&key, run(1), HOUR).await.unwrap(), Held::Yes);
+    let near = NearCache::new(MemoryStore::new()).with_capacity(100);
+    for number in 0..10_000 {
+        remember(&near, number).await;
     }
-    let newest = DedupKey::from_bytes(9_999_u128.to_le_bytes());
-    assert!(matches!(near.claim(&newest, &ask(2)).await.unwrap(), Claim::Done { .. }));
-    assert_eq!(near.hits(), 1, "the newest is remembered, however full it is");
-    let mut found = 0;
-    for number in 0..10_000_u128 {
-        let before = near.hits();
-        near.claim(&DedupKey::from_bytes(number.to_le_bytes()), &ask(2)).await.unwrap();
-        found += near.hits() - before;
-    }
+    let found = near_by(&near, 0..10_000).await;
     assert!(found <= 200, "{found} of 10,000 are remembered");
+}
+
+/// moka's own policy would refuse ids that nobody has asked for yet, in favour of popular ones.
+#[tokio::test(start_paused = true)]
+async fn a_full_cache_takes_new_ids_however_popular_the_old_ones_are() {
+    let near = NearCache::new(MemoryStore::new()).with_capacity(100);
+    for number in 0..100 {
+        remember(&near, number).await;
+    }
+    for _ in 0..20 {
+        near_by(&near, 0..100).await;
+    }
+    for number in 100..150 {
+        remember(&near, number).await;
+    }
+    // Housekeeping comes with other calls.
+    for other in 10_000..12_000_u128 {
+        near.claim(&DedupKey::from_bytes(other.to_le_bytes()), &ask(1)).await.unwrap();
+    }
+    assert_eq!(near_by(&near, 100..150).await, 50);
 }

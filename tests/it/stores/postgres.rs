@@ -1,7 +1,9 @@
 //! The store on a Postgres server: `GUESTLIST_POSTGRES_URL`, as a role that may create schemas.
 
+mod contract;
 mod faults;
 mod machine;
+mod server;
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -196,7 +198,7 @@ async fn fences_grow_over_lost_records_and_a_lost_sequence() {
 }
 
 #[tokio::test]
-async fn a_record_of_another_format_is_an_error_and_never_done() {
+async fn a_record_of_another_version_is_an_error_and_never_done() {
     let place = Place::migrated().await;
     let store = place.store().await;
     let run = acquired(&store, &key(1), &ask()).await;
@@ -210,7 +212,7 @@ async fn a_record_of_another_format_is_an_error_and_never_done() {
         store.inspect(&key(1)).await.err(),
     ];
     for error in errors {
-        assert!(error.expect("an error").to_string().contains("another format"));
+        assert!(error.expect("an error").to_string().contains("unknown version"));
     }
     place.sql("update {s}.claims set kept_until = 0").await;
     assert_eq!(store.sweep().await.unwrap(), 0, "it is not ours to judge");

@@ -74,11 +74,13 @@ impl Hub {
     /// It starts anew: what was not settled comes again.
     pub(super) fn restart(&self) {
         let sessions: Vec<_> = self.sessions.lock().unwrap().values().cloned().collect();
-        sessions.iter().for_each(|session| self.break_off(session));
+        for session in &sessions {
+            self.break_off(session);
+        }
     }
 
     /// The connections of a process that is dead.
-    pub(super) fn lose_sight_of(&self, world: &Arc<World>, process: usize) {
+    pub(super) fn lose_sight_of(world: &Arc<World>, process: usize) {
         let delay = world.rng.pick(&[0, 0, 500, 5_000]) * MILLI;
         let world = Arc::clone(world);
         tokio::spawn(async move {
@@ -219,7 +221,9 @@ impl SimBroker {
 
     fn lose(&self, session: u64) {
         let session = self.hub().sessions.lock().unwrap().get(&session).cloned();
-        session.iter().for_each(|session| self.hub().break_off(session));
+        if let Some(session) = session {
+            self.hub().break_off(&session);
+        }
     }
 
     async fn take_effect(&self, tag: u64, message: &Message, end: Disposition) -> Result<(), BrokerError> {
@@ -231,7 +235,7 @@ impl SimBroker {
             if !self.hub().out.lock().unwrap().contains_key(&tag) {
                 return Err(closed());
             }
-            if let Err(error) = self.hold(message, end, delay).await {
+            if let Err(error) = self.hold(message, end, delay) {
                 sleep(SECOND).await;
                 self.process.alive().await;
                 drop(self.hub().take(tag));
@@ -247,7 +251,7 @@ impl SimBroker {
     }
 
     /// A copy in a hold queue, confirmed; it comes back later.
-    async fn hold(&self, message: &Message, end: Disposition, delay: Duration) -> Result<(), BrokerError> {
+    fn hold(&self, message: &Message, end: Disposition, delay: Duration) -> Result<(), BrokerError> {
         let world = &self.process.world;
         let fault = self.publish_fault();
         if let Some(fault @ (BrokerErrorKind::Nacked | BrokerErrorKind::NotRouted)) = fault {

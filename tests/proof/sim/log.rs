@@ -16,6 +16,7 @@ use super::store::{Answer, Op};
 pub(super) type Fault = &'static str;
 
 #[derive(Debug)]
+#[expect(dead_code, reason = "read by its Debug")]
 enum What {
     Event { delivery: u64, key: Option<DedupKey>, run: Option<Run>, attempt: u32, kind: EventKind },
     Store { id: Option<usize>, op: Op, answer: Answer },

@@ -47,6 +47,7 @@ struct Tally {
     runs: u64,
     extra: BTreeMap<String, u64>,
     longest_rest: Duration,
+    longest_idle: Duration,
 }
 
 impl Tally {
@@ -54,6 +55,7 @@ impl Tally {
         self.seeds += 1;
         self.sums += outcome.sums;
         self.longest_rest = self.longest_rest.max(outcome.rested_after);
+        self.longest_idle = self.longest_idle.max(outcome.longest_idle);
         for (fault, count) in &outcome.faults {
             *self.faults.entry(fault).or_default() += count;
         }
@@ -73,7 +75,10 @@ impl Tally {
         println!("{} events; {} runs of handlers; extra ones:", self.entries, self.runs);
         self.extra.iter().for_each(|(reason, count)| println!("{count:>10}  {reason}"));
         println!("{:?}", self.sums);
-        println!("at rest {:?} after the last fault, at the latest", self.longest_rest);
+        println!(
+            "after the last fault: idle for {:?} at most, at rest after {:?} at the latest",
+            self.longest_idle, self.longest_rest
+        );
     }
 }
 

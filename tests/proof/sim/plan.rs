@@ -8,6 +8,8 @@ use super::rng::Rng;
 
 pub(super) const MILLI: Duration = Duration::from_millis(1);
 pub(super) const SECOND: Duration = Duration::from_secs(1);
+/// The longest.
+pub(super) const BACKOFF: Duration = Duration::from_secs(30);
 pub(super) const MINUTE: Duration = Duration::from_secs(60);
 
 /// How the broker keeps what is delayed, and what it does with what is not settled.
@@ -118,6 +120,12 @@ impl Plan {
         plan
     }
 
+    /// I9: with store and broker up, an id that is not done runs again within its lease, for as long as a
+    /// delivery may have been handed back meanwhile, and the longest backoff or deferral.
+    pub(super) fn patience(&self) -> Duration {
+        2 * self.lease + BACKOFF + 10 * SECOND
+    }
+
     fn story(&self, rng: &Rng) -> Story {
         let mut sent_at = vec![rng.duration(Duration::ZERO, self.span / 2)];
         while rng.chance(350) && sent_at.len() < 4 {
@@ -139,10 +147,11 @@ impl Plan {
         };
         // Without a store that outlives it, nobody would know a poison; without an end, a
         // handler that defers goes on for ever. Both are said in the docs.
-        let endless = !(self.in_process && ending == Ending::Crash) && !matches!(ending, Ending::Defer(_));
+        let forgotten = self.in_process && ending == Ending::Crash;
+        let ends = forgotten || matches!(ending, Ending::Defer(_));
         let times = rng.between(1, 3);
         let mut steps: Vec<Step> = (0..times).map(|_| self.step(rng, ending)).collect();
-        if !(endless && rng.chance(300)) {
+        if ends || !rng.chance(300) {
             steps.push(self.step(rng, Ending::Ok));
         }
         steps

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::pending;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -13,10 +13,10 @@ use guestlist::{Backoff, CancellationToken, Consumer, Error, Event, EventKind, O
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::broker::SimBroker;
+use super::broker::{Hub, SimBroker};
 use super::handler;
 use super::log::Fault;
-use super::plan::{MILLI, SECOND};
+use super::plan::{BACKOFF, MILLI, SECOND};
 use super::store::SimStore;
 use super::world::{DEAD, ORDERS, World};
 
@@ -29,12 +29,14 @@ pub(super) struct Process {
     cut_off_until: Mutex<Instant>,
     abort: Mutex<Option<AbortHandle>>,
     deliveries: Mutex<BTreeMap<u64, Known>>,
+    /// How many suspects run in it.
+    pub(super) suspects: AtomicUsize,
 }
 
 /// What its own events told of a delivery.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Known {
-    pub(super) claim: Option<(Run, Instant)>,
+    pub(super) claim: Option<Run>,
     pub(super) ran: bool,
     pub(super) gap: bool,
 }
@@ -51,6 +53,7 @@ impl Process {
             cut_off_until: Mutex::new(Instant::now()),
             abort: Mutex::default(),
             deliveries: Mutex::default(),
+            suspects: AtomicUsize::new(0),
         });
         world.log.step("process starts", number as u64);
         world.log.mark(number, Marker::ProcessStarted);
@@ -70,7 +73,7 @@ impl Process {
             .tries(plan.tries)
             .concurrency(plan.concurrency)
             .pause_hold(plan.pause_hold)
-            .backoff(Backoff::new(SECOND, 4, 30 * SECOND))
+            .backoff(Backoff::new(SECOND, 4, BACKOFF))
             .on_store_failure(plan.policy)
             .suspects(Suspects::new())
             .observer(Arc::new(Eye(Arc::clone(self))))
@@ -96,7 +99,7 @@ impl Process {
         }
         self.world.truth.crashed(self.number);
         self.world.log.mark(self.number, Marker::ProcessKilled);
-        self.world.broker.lose_sight_of(&self.world, self.number);
+        Hub::lose_sight_of(&self.world, self.number);
         if self.world.plan.in_process {
             self.world.lose_all_records(Some(self.number));
         }
@@ -164,7 +167,7 @@ impl Process {
         let mut deliveries = self.deliveries.lock().unwrap();
         let known = deliveries.entry(event.delivery).or_default();
         match event.kind {
-            EventKind::Claimed(_) => known.claim = event.run.map(|run| (run, event.at)),
+            EventKind::Claimed(_) => known.claim = event.run,
             EventKind::Ran => known.ran = true,
             EventKind::Gap => known.gap = true,
             _ => {}
@@ -183,8 +186,8 @@ impl Observer for Eye {
         }
         process.world.log.event(process.number, event);
         process.learn(event);
-        if let (EventKind::Claimed(_), Some(run)) = (event.kind, event.run) {
-            process.world.truth.heard(run);
+        if let (EventKind::Claimed(_), Some(key), Some(run)) = (event.kind, event.key, event.run) {
+            process.world.truth.heard(&key, run);
         }
         if process.world.strikes(process.world.plan.rates.crash) {
             process.world.log.fault(Some(process.number), "crash at an event");

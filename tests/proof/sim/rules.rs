@@ -109,13 +109,14 @@ fn theirs(peer: Peer, machine: Machine, record: Option<Record>, op: &Op) -> Step
     let in_flight = |record: &Record| matches!(record.state, State::Claimed { .. });
     match (peer, op) {
         (Peer::MarksFirst, Op::Claim(ask)) if other(ask).is_some() => duplicate(record),
-        (Peer::MarksFirst, Op::Release(..)) => (record, Answer::Held(Held::Yes)),
+        (Peer::MarksFirst, Op::Release(..)) | (Peer::NoRenewal, Op::Renew(..)) => {
+            (record, Answer::Held(Held::Yes))
+        }
         (Peer::SkipsInFlight, Op::Claim(ask)) if other(ask).is_some_and(|record| in_flight(&record)) => {
             duplicate(record)
         }
         (Peer::NoLease, Op::Claim(ask)) => ours(machine, record, &Op::Claim(Ask { lease: FOR_EVER, ..*ask })),
         (Peer::NoLease, Op::Renew(run, _)) => ours(machine, record, &Op::Renew(*run, FOR_EVER)),
-        (Peer::NoRenewal, Op::Renew(..)) => (record, Answer::Held(Held::Yes)),
         _ => ours(machine, record, op),
     }
 }

@@ -88,10 +88,11 @@ impl Subscription for SimSubscription {
                 inner.poll_next(cx, room)
             };
             match std::task::ready!(polled) {
-                Some(Ok(delivery)) => match self.hand_out(delivery) {
-                    Some(delivery) => return Poll::Ready(Some(Ok(delivery))),
-                    None => continue,
-                },
+                Some(Ok(delivery)) => {
+                    if let Some(delivery) = self.hand_out(delivery) {
+                        return Poll::Ready(Some(Ok(delivery)));
+                    }
+                }
                 other => return Poll::Ready(other),
             }
         }

@@ -2,10 +2,11 @@
 //! what the consumer says of itself.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use guestlist::dedup::protocol::{Ask, Record, Run, State};
+use guestlist::dedup::protocol::{Ask, Record, Release, Run, State};
 use guestlist::{DedupKey, Disposition, Message, MessageId, Scope};
 use tokio::time::Instant;
 
@@ -23,6 +24,19 @@ pub(super) struct Started {
     pub(super) number: usize,
     run: Option<Run>,
     claimed: Instant,
+    process: Arc<Process>,
+    /// It is among those that run one at a time.
+    suspect: bool,
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        self.process.world.truth.running.fetch_sub(1, Ordering::Relaxed);
+        self.process.world.truth.stirred();
+        if self.suspect {
+            self.process.suspects.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
 }
 
 /// What is known of one id.
@@ -40,6 +54,8 @@ struct Id {
     /// A handler succeeded without a claim, or without being recorded.
     unrecorded: bool,
     lost_at: Option<Instant>,
+    /// A release asked for this pause, in this generation.
+    pause: Option<(Instant, u32)>,
     generation: u32,
 }
 
@@ -55,14 +71,19 @@ struct Effect {
 pub(super) struct Truth {
     keys: Vec<DedupKey>,
     ids: Mutex<Vec<Id>>,
-    /// Claims that the store granted and no process has logged: the answer was lost for good, or the request
-    /// came when nobody waited for it any more.
+    /// Claims that the store granted and no process has logged, or too late: the answer was lost for good, the
+    /// request came when nobody waited for it any more, or the record was lost before it was heard of.
     unheard: Mutex<BTreeMap<u128, usize>>,
     violations: Mutex<Vec<String>>,
     crashed: Mutex<BTreeSet<usize>>,
     /// Until when each claim would hold by our rules: renewed whenever its holder asked.
     leases: Mutex<BTreeMap<u128, Instant>>,
+    /// When the store granted each claim; heard of later, if at all.
+    granted: Mutex<BTreeMap<u128, Instant>>,
     unexplained: Mutex<u64>,
+    running: AtomicUsize,
+    /// When something last happened.
+    stirred: Mutex<Instant>,
     window: Duration,
     /// Peers are counted, not judged.
     judges: bool,
@@ -104,7 +125,10 @@ impl Truth {
             violations: Mutex::default(),
             crashed: Mutex::default(),
             leases: Mutex::default(),
+            granted: Mutex::default(),
             unexplained: Mutex::default(),
+            running: AtomicUsize::new(0),
+            stirred: Mutex::new(Instant::now()),
             window,
             judges: !matches!(rule, Rule::Peer(_)),
             log,
@@ -135,10 +159,12 @@ impl Truth {
     }
 
     /// I2, I3, I8: a run starts only under a live claim of its own, and within its attempts.
-    pub(super) fn starts(&self, process: &Process, message: &Message) -> Started {
+    pub(super) fn starts(&self, process: &Arc<Process>, message: &Message) -> Started {
         let world = &process.world;
         let id = number(message);
         let run = process.knows(message.delivery_number()).claim;
+        let granted = |run: Run| self.granted.lock().unwrap().get(&run.token.bits()).copied();
+        let claimed = run.and_then(granted).unwrap_or_else(Instant::now);
         let record = world.records.peek(&self.keys[id]);
         let attempt = message.attempt();
         world.log.handler(process.number, id, attempt, "starts");
@@ -146,13 +172,19 @@ impl Truth {
         let truth = &mut ids[id];
         let number = truth.runs;
         truth.runs += 1;
-        if let Some((run, at)) = run {
-            let forgotten = truth.lost_at.is_some_and(|lost| lost >= at);
+        if let Some(run) = run {
+            let forgotten = truth.lost_at.is_some_and(|lost| lost >= claimed);
             if !forgotten && !is_held(record, run, world) {
                 self.violated(format!(
                     "I2: m{id} starts in p{} without its claim: {record:?}",
                     process.number
                 ));
+            }
+            if truth
+                .pause
+                .is_some_and(|(until, of)| !forgotten && of == message.generation() && Instant::now() < until)
+            {
+                self.violated(format!("I8: m{id} starts before its backoff is over"));
             }
             if attempt > world.plan.max_attempts {
                 self.violated(format!("I8: m{id} starts for the {attempt}th time"));
@@ -160,8 +192,17 @@ impl Truth {
         } else if world.plan.policy == guestlist::dedup::StorePolicy::Pause {
             self.violated(format!("I7: m{id} starts in p{} without a claim", process.number));
         }
-        let claimed = run.map_or_else(Instant::now, |(_, at)| at);
-        Started { id, attempt, number, run: run.map(|(run, _)| run), claimed }
+        let suspect = run.is_some() && record.is_some_and(|record| record.suspect);
+        if suspect && process.suspects.fetch_add(1, Ordering::Relaxed) > 0 {
+            self.violated(format!(
+                "F26: m{id} is a suspect, and starts beside another one in p{}",
+                process.number
+            ));
+        }
+        self.running.fetch_add(1, Ordering::Relaxed);
+        self.stirred();
+        let process = Arc::clone(process);
+        Started { id, attempt, number, run, claimed, process, suspect }
     }
 
     pub(super) fn succeeds(&self, process: &Process, run: &Started) {
@@ -187,12 +228,27 @@ impl Truth {
         crashed || forgotten || over || first.recorded.is_none() && !held
     }
 
+    fn stirred(&self) {
+        *self.stirred.lock().unwrap() = Instant::now();
+    }
+
+    /// For how long no handler has run, and nothing has ended.
+    pub(super) fn idle_since(&self) -> Option<Instant> {
+        (self.running.load(Ordering::Relaxed) == 0).then(|| *self.stirred.lock().unwrap())
+    }
+
     pub(super) fn crashed(&self, process: usize) {
         self.crashed.lock().unwrap().insert(process);
     }
 
-    pub(super) fn heard(&self, run: Run) {
-        self.unheard.lock().unwrap().remove(&run.token.bits());
+    /// A process logs a claim: late, if its record was lost meanwhile.
+    pub(super) fn heard(&self, key: &DedupKey, run: Run) {
+        let token = run.token.bits();
+        let granted = self.granted.lock().unwrap().get(&token).copied();
+        let lost = self.id_of(key).and_then(|id| self.ids()[id].lost_at);
+        if lost.is_none_or(|lost| granted.is_some_and(|granted| lost < granted)) {
+            self.unheard.lock().unwrap().remove(&token);
+        }
     }
 
     /// Whether somebody held this id of whom no log tells.
@@ -206,7 +262,9 @@ impl Truth {
         let Some(id) = self.id_of(key) else {
             return self.violated("a call for a key that nobody sent".to_owned());
         };
-        if let Op::Claim(Ask { token, lease, .. }) | Op::Renew(Run { token, .. }, lease) = op {
+        if let Op::Claim(Ask { token, lease, .. }) | Op::Renew(Run { token, .. }, lease) = op
+            && new.is_some_and(|new| new.run.token == *token)
+        {
             self.leases.lock().unwrap().insert(token.bits(), Instant::now() + *lease);
         }
         if old == new {
@@ -221,6 +279,7 @@ impl Truth {
             && old.is_none_or(|old| old.run.token != ask.token)
         {
             self.unheard.lock().unwrap().insert(token, id);
+            self.granted.lock().unwrap().insert(token, Instant::now());
         }
         match (record.state, op) {
             (State::Done, _) => {
@@ -230,6 +289,14 @@ impl Truth {
                 }
                 truth.ever_done = true;
             }
+            (
+                State::Released { .. },
+                Op::Release(_, Release::Failed { not_before } | Release::Deferred { not_before }),
+            ) if effect.is_none() => {
+                // A store counts microseconds.
+                let micros = u64::try_from(not_before.as_micros()).unwrap_or(u64::MAX);
+                truth.pause = Some((Instant::now() + Duration::from_micros(micros), record.generation));
+            }
             (State::Released { .. } | State::Parked, Op::Release(run, why)) if effect.is_some() => {
                 self.violated(format!("I5: m{id} succeeded and was given up as {why:?} by {run:?}"));
             }
@@ -238,10 +305,13 @@ impl Truth {
     }
 
     pub(super) fn record_lost(&self, id: usize) {
-        self.ids()[id].lost_at = Some(Instant::now());
+        let truth = &mut self.ids()[id];
+        truth.lost_at = Some(Instant::now());
+        truth.pause = None;
     }
 
     pub(super) fn letter(&self, message: &Message) {
+        self.stirred();
         let truth = &mut self.ids()[number(message)];
         truth.letters += 1;
         truth.lettered.insert(message.generation());
@@ -252,6 +322,7 @@ impl Truth {
         if disposition != Disposition::Ack {
             return;
         }
+        self.stirred();
         let id = number(message);
         let known = process.knows(message.delivery_number());
         let ids = self.ids();

@@ -137,7 +137,9 @@ impl Actor {
             self.fail(&error);
         }
         if let State::Failed { why, .. } = &self.disk {
-            calls.iter_mut().for_each(|call| call.fail(StoreError::new(why.clone())));
+            for call in &mut calls {
+                call.fail(StoreError::new(why.clone()));
+            }
         }
         calls.into_iter().for_each(Step::answer);
     }
@@ -203,7 +205,6 @@ fn unpanicked(open: &mut Open) -> Result<Box<dyn Disk>, StoreError> {
     catch_unwind(AssertUnwindSafe(open)).unwrap_or_else(panicked)
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "as `unwrap_or_else` has it")]
 fn panicked<T>(_: Box<dyn std::any::Any + Send>) -> Result<T, StoreError> {
     Err(StoreError::new(
         "the durable store panicked: its folder is damaged, or this is a bug of guestlist or fjall",

@@ -25,12 +25,13 @@ const RECORDS: &str = "records";
 const JOURNALS: u64 = 128 * MIB;
 const WORKERS: usize = 2;
 
-/// fjall stops a writer at four sealed memtables or 30 runs until its workers have caught up,
-/// *also when these have ended* on a full disk. So nothing is written from well below that on.
+/// While its workers are behind, fjall takes writes into memory; at four sealed memtables or 30 runs it stops
+/// the writer until they have caught up, *also when they have ended* on a full disk. So nothing is written from
+/// well below that on.
 const SEALED_MEMTABLES: usize = 2;
 const FRESH_TABLES: usize = 18;
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
 /// What the disk needs to know.
 #[derive(Clone, Debug)]
@@ -69,8 +70,15 @@ impl Fjall {
             {
                 damaged(data, error)
             }
+            // The folder is ours alone: that can only be a sweep of the time before.
+            fjall::Error::Locked => StoreError::new("the durable store is still being swept: open it again"),
             error => cannot("open", error),
         })
+    }
+
+    #[cfg(test)]
+    pub(super) fn tree(&self) -> fjall::AnyTree {
+        self.records.tree.clone()
     }
 
     /// Waits while the workers are behind; not for those that have ended.

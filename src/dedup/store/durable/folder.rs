@@ -13,7 +13,7 @@ const NEW: &str = "new";
 
 /// How long an opening waits for the one before it to end: a handle that was just dropped, or
 /// the predecessor of this process.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// The folder of a store, ours until it is dropped. The lock is the kernel's: it ends with the

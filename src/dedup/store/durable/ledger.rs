@@ -227,7 +227,7 @@ where
     F: FnMut(Machine, Option<Record>) -> (Option<Record>, A) + Send + 'static,
     A: Send + 'static,
 {
-    pub(super) fn new(key: DedupKey, kind: Kind, make: F) -> (Box<dyn Step>, Answer<A>) {
+    pub(super) fn boxed(key: DedupKey, kind: Kind, make: F) -> (Box<dyn Step>, Answer<A>) {
         let (to, given) = oneshot::channel();
         let answer = Err(StoreError::new("the durable store did not come to it"));
         (Box::new(Self { key, kind, make, answer, to }), given)

@@ -141,7 +141,7 @@ impl DurableStore {
         kind: Kind,
         make: impl FnMut(Machine, Option<Record>) -> (Option<Record>, A) + Send + 'static,
     ) -> Result<A, StoreError> {
-        let (call, answer) = Call::new(*key, kind, make);
+        let (call, answer) = Call::boxed(*key, kind, make);
         self.calls.send(Message::Call(call)).await.map_err(|_| actor::closed())?;
         answer.await.unwrap_or_else(|_| Err(actor::closed()))
     }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use fjall::AbstractTree;
 use proptest::prelude::*;
 
 use super::actor::Actor;
@@ -122,7 +123,7 @@ impl Disk for Plug {
 
 fn claim(actor: &mut Actor, number: u8, token: u128) -> Result<Claim, StoreError> {
     let (call, mut answer) =
-        Call::new(key(number), Kind::Claim, move |machine, record| machine.claim(record, &ask(token)));
+        Call::boxed(key(number), Kind::Claim, move |machine, record| machine.claim(record, &ask(token)));
     actor.serve(vec![call]);
     answer.try_recv().unwrap()
 }
@@ -173,6 +174,28 @@ fn what_is_unsure_is_read_anew() {
     let answer = until_it_works(&mut actor, 1, 1);
     assert!(matches!(answer, Claim::Acquired { attempt: 1, .. }), "the same claim: {answer:?}");
     assert!(matches!(claim(&mut actor, 1, 2).unwrap(), Claim::InProgress { .. }));
+    assert_eq!(plug.opened(), 2, "from the disk, and not from memory");
+}
+
+/// fjall would take the writes and keep them in memory until its workers come back.
+#[test]
+fn writers_wait_for_workers_that_are_behind_and_not_for_ever() {
+    let temp = Temp::new();
+    let settings = Settings { cache: 1 << 20, memtable: 1 << 16, garbage_after: 0, clock: Arc::default() };
+    let mut disk = Fjall::open(&Folder::open(&temp.0).unwrap(), &settings).unwrap();
+    let tree = disk.tree();
+    let stuck = tree.get_flush_lock();
+    let mut write = |number: u16| {
+        disk.write(vec![(number.to_be_bytes().to_vec(), Some(vec![7; 4_096]))], Durability::Process)
+    };
+    let error =
+        (0..4_096).find_map(|number| write(number).err()).expect("16 MiB fit into a memory of 64 KiB");
+    assert!(error.to_string().contains("too slow"), "{error}");
+    drop(stuck);
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while write(0).is_err() {
+        assert!(std::time::Instant::now() < deadline, "it does not go on");
+    }
 }
 
 #[test]
@@ -203,8 +226,9 @@ fn on_an_error_of_a_group_nobody_is_answered_from_it() {
     claim(&mut actor, 1, 1).unwrap();
     plug.set(Some(Fault::Full));
     let (writes, mut written) =
-        Call::new(key(2), Kind::Claim, |machine, record| machine.claim(record, &ask(2)));
-    let (reads, mut read) = Call::new(key(2), Kind::Other, |machine, record| (record, machine.live(record)));
+        Call::boxed(key(2), Kind::Claim, |machine, record| machine.claim(record, &ask(2)));
+    let (reads, mut read) =
+        Call::boxed(key(2), Kind::Other, |machine, record| (record, machine.live(record)));
     actor.serve(vec![writes, reads]);
     assert!(written.try_recv().unwrap().is_err());
     assert!(read.try_recv().unwrap().is_err(), "it saw a claim that was never written");
@@ -214,7 +238,7 @@ fn on_an_error_of_a_group_nobody_is_answered_from_it() {
 fn a_call_that_nobody_waits_for_is_not_made() {
     let plug = Plug::default();
     let mut actor = plug.actor();
-    let (call, answer) = Call::new(key(1), Kind::Claim, |machine, record| machine.claim(record, &ask(1)));
+    let (call, answer) = Call::boxed(key(1), Kind::Claim, |machine, record| machine.claim(record, &ask(1)));
     drop(answer);
     actor.serve(vec![call]);
     assert!(matches!(claim(&mut actor, 1, 2).unwrap(), Claim::Acquired { attempt: 1, .. }));
@@ -227,14 +251,17 @@ fn time_does_not_go_back_when_the_wall_clock_does() {
     let hour = 3_600_000_000;
     let ahead = Clock::start(0).now() + hour;
     let mut past = Ledger::open(plug.disk(), Durability::Process, 1, ahead, ahead).unwrap();
-    let (call, mut answer) = Call::new(key(1), Kind::Claim, |machine, record| machine.claim(record, &ask(1)));
-    past.apply(ahead, &mut [call]).unwrap();
-    assert!(answer.try_recv().is_err(), "not answered yet");
-    let (removal, _answer) = Call::new(key(1), Kind::Removal, |_, _| (None, ()));
-    past.apply(ahead + 1, &mut [removal]).unwrap();
-    let mut actor = plug.actor();
-    let fence = fence_of(claim(&mut actor, 1, 2).unwrap());
-    assert!(fence.0 > ahead, "the fence of a forgotten claim was {ahead}, the next is {fence:?}");
+    let (call, mut answer) =
+        Call::boxed(key(1), Kind::Claim, |machine, record| machine.claim(record, &ask(1)));
+    let mut calls = [call];
+    past.apply(ahead + 400_000, &mut calls).unwrap();
+    calls.into_iter().for_each(Step::answer);
+    let last = fence_of(answer.try_recv().unwrap().unwrap());
+    assert!(last.0 > ahead);
+    let (removal, _answer) = Call::boxed(key(1), Kind::Removal, |_, _| (None, ()));
+    past.apply(ahead + 500_000, &mut [removal]).unwrap();
+    let fence = fence_of(claim(&mut plug.actor(), 1, 2).unwrap());
+    assert!(fence > last, "{fence:?} after {last:?}, of a claim that was forgotten");
 }
 
 /// F16: and the other way: a clock that was set ahead ends windows early, and nothing else.
@@ -243,7 +270,7 @@ fn a_wall_clock_that_was_behind_does_not_make_claims_endless() {
     let plug = Plug::default();
     let behind = Clock::start(0).now() - 3_600_000_000;
     let mut past = Ledger::open(plug.disk(), Durability::Process, 1, behind, behind).unwrap();
-    let (call, _answer) = Call::new(key(1), Kind::Claim, |machine, record| machine.claim(record, &ask(1)));
+    let (call, _answer) = Call::boxed(key(1), Kind::Claim, |machine, record| machine.claim(record, &ask(1)));
     past.apply(behind, &mut [call]).unwrap();
     let answer = claim(&mut plug.actor(), 1, 2).unwrap();
     assert!(!matches!(answer, Claim::InProgress { .. }), "{answer:?}");
@@ -257,7 +284,7 @@ fn a_claim_of_an_earlier_life_is_over_and_its_holder_vanished() {
     assert_eq!(claim(&mut actor, 1, 2).unwrap(), Claim::Suspect);
     let alone = Ask { alone: true, ..ask(3) };
     let (call, mut answer) =
-        Call::new(key(1), Kind::Claim, move |machine, record| machine.claim(record, &alone));
+        Call::boxed(key(1), Kind::Claim, move |machine, record| machine.claim(record, &alone));
     actor.serve(vec![call]);
     let answer = answer.try_recv().unwrap().unwrap();
     assert!(matches!(answer, Claim::Acquired { attempt: 2, before: Before::Vanished, .. }), "{answer:?}");
@@ -276,7 +303,7 @@ fn an_unknown_format_is_an_error_of_its_key_alone() {
     let error = claim(&mut actor, 1, 1).unwrap_err();
     assert!(error.to_string().contains("format 9"), "{error}");
     claim(&mut actor, 2, 1).unwrap();
-    let (removal, mut removed) = Call::new(key(1), Kind::Removal, |_, record| (None, record.is_some()));
+    let (removal, mut removed) = Call::boxed(key(1), Kind::Removal, |_, record| (None, record.is_some()));
     actor.serve(vec![removal]);
     assert!(removed.try_recv().unwrap().unwrap(), "forgetting is the way out");
     fence_of(claim(&mut actor, 1, 1).unwrap());
@@ -313,7 +340,7 @@ fn numbered(number: u64) -> DedupKey {
 
 fn done(number: u64, window: Duration) -> Box<dyn Step> {
     let run = Run { token: Token::from_bits(number.into()), fence: Fence(1) };
-    Call::new(numbered(number), Kind::Other, move |machine: Machine, record| {
+    Call::boxed(numbered(number), Kind::Other, move |machine: Machine, record| {
         machine.complete(record, run, window)
     })
     .0

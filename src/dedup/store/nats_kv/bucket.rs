@@ -21,6 +21,7 @@ use super::options::Settings;
 use super::record::Stored;
 use super::sightings::Look;
 use crate::broker::nats::Link;
+use crate::dedup::protocol::Micros;
 use crate::dedup::store::StoreError;
 use crate::{BoxError, DedupKey};
 
@@ -41,7 +42,7 @@ pub(super) struct Opened {
     pub(super) window: Duration,
     pub(super) in_files: bool,
     /// When the server made it, in microseconds.
-    pub(super) made: u64,
+    pub(super) made: Micros,
 }
 
 /// The last message of a key, if there is one.
@@ -52,9 +53,11 @@ pub(super) enum Found {
     Deleted {
         revision: u64,
     },
+    /// Written at this time of the server's, which is for show only.
     Record {
         revision: u64,
         stored: Stored,
+        at: Micros,
     },
 }
 
@@ -243,7 +246,7 @@ impl Names {
             return Ok(Found::Deleted { revision });
         }
         let stored = Stored::decode(&message.payload, revision).map_err(Trouble::Other)?;
-        Ok(Found::Record { revision, stored })
+        Ok(Found::Record { revision, stored, at: in_micros(message.time.unix_timestamp_nanos()) })
     }
 
     /// Writes a record, or a deletion, if the key's last message is the expected one (0: there is none).
@@ -332,8 +335,12 @@ impl Names {
     }
 }
 
-fn made(info: &Info) -> u64 {
-    u64::try_from(info.created.unix_timestamp_nanos() / 1000).unwrap_or(0)
+fn made(info: &Info) -> Micros {
+    in_micros(info.created.unix_timestamp_nanos())
+}
+
+fn in_micros(nanos: i128) -> Micros {
+    Micros::try_from(nanos / 1000).unwrap_or(0)
 }
 
 impl Trouble {

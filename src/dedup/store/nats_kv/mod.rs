@@ -20,7 +20,7 @@ use self::bucket::Names;
 use self::options::Settings;
 pub use self::options::{BUCKET, NatsKvOptions, OBSERVE_EVERY};
 use self::record::micros;
-use self::sightings::Sightings;
+use self::sightings::{Look, Sightings};
 use self::step::View;
 use super::{DedupStore, StoreError, StoreFeatures};
 use crate::DedupKey;
@@ -46,6 +46,7 @@ struct Inner {
     looking: tokio::sync::Mutex<()>,
     watching: AtomicBool,
     fence_base: AtomicU64,
+    highest_fence: AtomicU64,
     own: Cache<DedupKey, View>,
 }
 
@@ -99,6 +100,7 @@ impl NatsKvStore {
             looking: tokio::sync::Mutex::new(()),
             watching: AtomicBool::new(false),
             fence_base: AtomicU64::new(opened.made),
+            highest_fence: AtomicU64::new(0),
             own: Cache::builder().max_capacity(OWN_CLAIMS).eviction_policy(EvictionPolicy::lru()).build(),
         }));
         store.0.look().await?;
@@ -156,11 +158,21 @@ impl Inner {
         self.fence_base.load(Ordering::Relaxed).max(needed)
     }
 
-    /// Learns of a bucket made later than the one that was opened. None is made in the future.
-    fn may_be_made(&self, at: Micros) {
-        if at <= self.clock.now() {
-            self.fence_base.fetch_max(at, Ordering::Relaxed);
+    /// Learns from a fence that was given out as this revision. The base may be that of a bucket
+    /// made later than the one that was opened; none is made in the future.
+    fn knows_fence(&self, fence: Fence, revision: u64) {
+        self.highest_fence.fetch_max(fence.0, Ordering::Relaxed);
+        let base = fence.0.saturating_sub(revision);
+        if base <= self.clock.now() {
+            self.fence_base.fetch_max(base, Ordering::Relaxed);
         }
+    }
+
+    /// Revisions may have begun anew, or have gone back to what this look shows.
+    fn begin_anew(&self, look: &Look) {
+        self.own.invalidate_all();
+        let beyond = self.highest_fence.load(Ordering::Relaxed).saturating_sub(look.last);
+        self.fence_base.fetch_max(look.made.max(beyond), Ordering::Relaxed);
     }
 
     /// Looks at the bucket's last revision, unless somebody else does so after this was asked for.
@@ -171,23 +183,36 @@ impl Inner {
             return Ok(());
         }
         let began = Instant::now();
-        let look = match self.link().await {
-            Ok(link) => self.names.look(&link).await,
-            Err(error) => Err(error),
-        };
-        match look {
+        match self.answered_look().await {
             Ok(look) => {
-                self.fence_base.fetch_max(look.made, Ordering::Relaxed);
-                let continues = self.sightings().saw(look, began, Instant::now());
-                if !continues {
-                    // Revisions may have begun anew.
-                    self.own.invalidate_all();
+                if !self.sightings().saw(look.clone(), began, Instant::now()) {
+                    self.begin_anew(&look);
                 }
                 Ok(())
             }
             Err(error) => {
                 self.sightings().lose_sight();
                 Err(error)
+            }
+        }
+    }
+
+    /// A connection that breaks ends it: the answer will not come, and the next look must not wait for it.
+    async fn answered_look(&self) -> Result<Look, StoreError> {
+        let link = self.link().await?;
+        tokio::select! {
+            look = self.names.look(&link) => look,
+            () = link.loss() => Err(StoreError::new("the connection to the store is lost")),
+        }
+    }
+
+    /// What ends when the connection that there is now breaks: the server may come back with less.
+    async fn loss(&self) -> impl Future<Output = ()> + Send + use<> {
+        let loss = self.link().await.ok().map(|link| link.loss());
+        async move {
+            match loss {
+                Some(loss) => loss.await,
+                None => std::future::pending().await,
             }
         }
     }
@@ -210,8 +235,18 @@ async fn beat(inner: Weak<Inner>, every: Duration) {
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut blind = false;
     loop {
-        beats.tick().await;
+        let loss = match inner.upgrade() {
+            Some(inner) => inner.loss().await,
+            None => return,
+        };
+        let lost = tokio::select! {
+            _ = beats.tick() => false,
+            () = loss => true,
+        };
         let Some(inner) = inner.upgrade() else { return };
+        if lost {
+            inner.sightings().lose_sight();
+        }
         let looked = inner.look().await;
         if let (Err(error), false) = (&looked, blind) {
             tracing::warn!(
@@ -273,9 +308,7 @@ impl DedupStore for NatsKvStore {
     }
 
     async fn inspect(&self, key: &DedupKey) -> Result<Option<Record>, StoreError> {
-        let view = self.0.read(key).await?;
-        let look = |machine: Machine, record| (record, machine.live(record));
-        Ok(self.0.step(key, view, look).await?.0)
+        self.0.inspect(key).await
     }
 
     async fn forget(&self, key: &DedupKey) -> Result<bool, StoreError> {

@@ -70,6 +70,11 @@ impl Stored {
         self.at_zero.run.fence
     }
 
+    /// For a claim whose fence is yet to be made.
+    pub(super) const fn fence_base(&self) -> Option<u64> {
+        self.fence_base
+    }
+
     pub(super) fn encode(&self) -> Bytes {
         let Record {
             run, attempt, before, state, generation, suspect, interruptions, digest, retain, ..

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::dedup::protocol::Micros;
+
 /// Of instants further back, those are kept that lie apart by this part of their age: a record's age is
 /// too short by a thirty-second part at most, and a whole year fits into a few hundred marks.
 const PARTS: u32 = 32;
@@ -22,7 +24,7 @@ const SHORTEST_GAP: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Look {
     /// When the server made the bucket, in microseconds: what tells it from others of its name.
-    pub(super) made: u64,
+    pub(super) made: Micros,
     /// The replica that leads, in a cluster.
     pub(super) leader: Option<String>,
     /// The revision written last.
@@ -86,6 +88,17 @@ impl Sightings {
     /// Whether a look began after this instant.
     pub(super) fn looked_since(&self, instant: Instant) -> bool {
         self.last.as_ref().is_some_and(|(_, began, _)| instant <= *began)
+    }
+
+    /// Whether there is no look to go by.
+    pub(super) const fn is_blind(&self) -> bool {
+        self.last.is_none()
+    }
+
+    /// Whether what was sent at this instant, and was written as this revision, should have been given a
+    /// higher one.
+    pub(super) fn contradicts(&self, sent: Instant, revision: u64) -> bool {
+        self.last.as_ref().is_some_and(|(look, _, answered)| *answered <= sent && revision <= look.last)
     }
 
     fn continues(&self, look: &Look, answered: Instant) -> bool {
@@ -185,6 +198,16 @@ mod tests {
             let age = now.duration_since(sightings.since(u64::from(i)).unwrap());
             assert!(age <= truth && truth <= age + truth / PARTS + minute, "{i}: {age:?}, not {truth:?}");
         }
+    }
+
+    #[test]
+    fn a_write_after_a_look_has_a_higher_revision() {
+        let (mut sightings, start) = (Sightings::new(SECOND), Instant::now());
+        assert!(!sightings.contradicts(start, 1));
+        sightings.saw(look(10), start, start + SECOND);
+        assert!(!sightings.contradicts(start, 10), "sent before it was answered");
+        assert!(sightings.contradicts(start + SECOND, 10));
+        assert!(!sightings.contradicts(start + SECOND, 11));
     }
 
     #[test]

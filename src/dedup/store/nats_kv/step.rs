@@ -25,6 +25,8 @@ pub(super) struct View {
     stored: Option<Stored>,
     /// Known to be so since then.
     since: Instant,
+    /// When the server says that it was written; for show only.
+    written: Micros,
     basis: Basis,
 }
 
@@ -41,7 +43,7 @@ enum Basis {
 impl View {
     /// Most ids are new: to write at once saves the question.
     pub(super) fn absent() -> Self {
-        Self { revision: 0, stored: None, since: Instant::now(), basis: Basis::Guess }
+        Self { revision: 0, stored: None, since: Instant::now(), written: 0, basis: Basis::Guess }
     }
 }
 
@@ -70,7 +72,20 @@ impl Inner {
                 continue;
             }
             let stored = new.map(|new| self.to_store(&new, old, now, view.revision));
+            if stored.as_ref().is_some_and(|stored| stored.fence_base().is_some())
+                && self.sightings().is_blind()
+            {
+                // Without a look nobody knows which fences were given out.
+                self.look().await?;
+                continue;
+            }
+            let sent = Instant::now();
             match self.write(key, view.revision, stored.as_ref()).await? {
+                Written::As { revision } if self.has_old_fence(stored.as_ref(), sent, revision).await? => {
+                    // The same once more, with a fence above those of the bucket that was.
+                    view.revision = revision;
+                    continue;
+                }
                 Written::As { revision } => {
                     let stored = stored.map(|stored| stored.written_as(revision));
                     return Ok((answer, self.wrote(key, revision, stored)));
@@ -80,6 +95,13 @@ impl Inner {
             }
             view = self.read(key).await?;
         }
+    }
+
+    /// What is on record, in the server's time: all observers see the same.
+    pub(super) async fn inspect(&self, key: &DedupKey) -> Result<Option<Record>, StoreError> {
+        let view = self.date(self.read(key).await?).await?;
+        let live = Machine::at(self.clock.now()).live(self.record(&view));
+        Ok(live.and(view.stored).map(|stored| stored.record(view.written)))
     }
 
     fn record(&self, view: &View) -> Option<Record> {
@@ -93,10 +115,29 @@ impl Inner {
         Stored::new(new, now, base)
     }
 
+    /// Whether a new claim may have a fence that is not above all others: its revision was given out before, by
+    /// a bucket that is gone or has lost its last writes.
+    async fn has_old_fence(
+        &self,
+        stored: Option<&Stored>,
+        sent: Instant,
+        revision: u64,
+    ) -> Result<bool, StoreError> {
+        let Some(base) = stored.and_then(Stored::fence_base) else { return Ok(false) };
+        if self.sightings().contradicts(sent, revision) {
+            self.sightings().lose_sight();
+            self.look().await?;
+        }
+        Ok(base < self.fence_base(None, revision))
+    }
+
     /// Remembers a claim that is ours, so that its renewal and its end need not read it first.
     fn wrote(&self, key: &DedupKey, revision: u64, stored: Option<Stored>) -> Option<Record> {
-        let view = View { revision, stored, since: Instant::now(), basis: Basis::Guess };
+        let view = View { revision, stored, since: Instant::now(), written: 0, basis: Basis::Guess };
         let record = self.record(&view);
+        if let Some(record) = record {
+            self.knows_fence(record.run.fence, revision);
+        }
         if record.is_some_and(|record| matches!(record.state, State::Claimed { .. })) {
             self.own.insert(*key, view);
         } else {
@@ -118,17 +159,17 @@ impl Inner {
     pub(super) async fn read(&self, key: &DedupKey) -> Result<View, StoreError> {
         let mut tries = Tries::default();
         loop {
-            let (revision, stored) = match self.found(key).await? {
-                Found::Nothing => (0, None),
-                Found::Deleted { revision } => (revision, None),
-                Found::Record { revision, stored } => {
-                    self.may_be_made(stored.fence().0.saturating_sub(revision));
-                    (revision, Some(stored))
+            let (revision, stored, written) = match self.found(key).await? {
+                Found::Nothing => (0, None, 0),
+                Found::Deleted { revision } => (revision, None, 0),
+                Found::Record { revision, stored, at } => {
+                    self.knows_fence(stored.fence(), revision);
+                    (revision, Some(stored), at)
                 }
             };
             if self.is_news(key, revision) {
                 let since = self.sightings().since(revision).unwrap_or_else(Instant::now);
-                return Ok(View { revision, stored, since, basis: Basis::Read });
+                return Ok(View { revision, stored, since, written, basis: Basis::Read });
             }
             // Or the bucket was made anew, or has lost its last writes: then a look shows it.
             self.look().await?;

@@ -20,7 +20,8 @@ const CONNECTIONS: usize = 4;
 const SWEEP: Duration = Duration::from_secs(30);
 
 /// What sqlx understands in a URL. It would log any other parameter, with its value.
-const KNOWN: [&str; 17] = [
+const KNOWN: [&str; 18] = [
+    "statement-cache-capacity",
     "sslmode",
     "ssl-mode",
     "sslrootcert",

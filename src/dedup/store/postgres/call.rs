@@ -10,6 +10,7 @@ use std::time::Duration;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
+use super::error;
 use super::names::Names;
 use crate::DedupKey;
 use crate::dedup::StoreError;
@@ -17,6 +18,9 @@ use crate::dedup::protocol::{Ask, Before, Claim, Digest, Fence, Held, Record, Re
 
 /// No length is longer: a time plus a length stays within a `bigint`. It is 146,000 years.
 pub(super) const LONGEST: u64 = 1 << 62;
+
+/// When to look again at a record that another transaction holds.
+const LOCKED: Duration = Duration::from_secs(1);
 
 /// One step of the protocol, as `step_v1` takes it.
 #[derive(Clone, Copy, Debug)]
@@ -192,6 +196,8 @@ impl Answer {
             2 => Ok(Claim::Suspect),
             3 => Ok(Claim::Parked { digest }),
             4 => Ok(Claim::Done { digest }),
+            // Its holder may be committing: in progress, in every sense that matters.
+            20 => Ok(Claim::InProgress { left: LOCKED, digest: None }),
             code => Err(unknown(code)),
         }
     }
@@ -213,6 +219,7 @@ impl Answer {
             10 => Ok(Held::Yes),
             11 => Ok(Held::Lost),
             12 => Ok(Held::Gone),
+            20 => Err(error::locked()),
             code => Err(unknown(code)),
         }
     }
@@ -298,7 +305,7 @@ fn unreadable(error: sqlx::Error) -> StoreError {
 
 fn unknown(code: i16) -> StoreError {
     StoreError::new(match code {
-        21 => "the Postgres store has a record of another format for this key: upgrade this program, or forget the key".to_owned(),
+        21 => "the Postgres store has a record of an unknown version for this key: upgrade this program, or forget the key".to_owned(),
         code => format!("the Postgres store gave an answer that this version does not know: {code}"),
     })
 }

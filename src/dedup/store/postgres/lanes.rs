@@ -26,9 +26,6 @@ const BATCH: usize = 128;
 /// The first and the longest pause before a locked record is asked for again.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
 
-/// For how long a locked record is asked for again: the layer's own deadline is sooner.
-const LOCKED: Duration = Duration::from_secs(10);
-
 #[derive(Clone)]
 pub(super) struct Lanes(Arc<Inner>);
 
@@ -60,18 +57,15 @@ impl Lanes {
 
     /// One step, alone or in company.
     ///
-    /// A record that another transaction holds is asked for again after a moment: nobody waits for
+    /// A record that another transaction holds is asked for again after a moment, for so long: nobody waits for
     /// a row in the server, where it would cost the connection and the company.
-    pub(super) async fn step(&self, call: Call) -> Result<Answer, StoreError> {
-        let give_up_at = Instant::now() + LOCKED;
+    pub(super) async fn step(&self, call: Call, patience: Duration) -> Result<Answer, StoreError> {
+        let give_up_at = Instant::now() + patience;
         let mut pause = PAUSE.0;
         loop {
             let answer = self.step_once(call).await?;
-            if !answer.is_locked() {
+            if !answer.is_locked() || Instant::now() >= give_up_at {
                 return Ok(answer);
-            }
-            if Instant::now() >= give_up_at {
-                return Err(error::locked());
             }
             sleep(pause).await;
             pause = (pause * 2).min(PAUSE.1);

@@ -6,6 +6,7 @@ mod connections;
 mod error;
 mod lanes;
 mod names;
+mod sight;
 mod sweep;
 
 use std::fmt;
@@ -16,12 +17,21 @@ use sqlx::Row;
 
 pub use self::builder::PostgresStoreBuilder;
 use self::call::Call;
+pub(crate) use self::call::{NOW, hex_of as key_of, micros};
 use self::connections::Connections;
 use self::lanes::Lanes;
 use self::names::Names;
+pub(crate) use self::sight::Sighting;
 use super::{DedupStore, StoreError, StoreFeatures};
 use crate::DedupKey;
 use crate::dedup::protocol::{Ask, Claim, Held, Record, Release, Run};
+
+/// For how long a claim asks again for a record that another transaction holds: an inbox's takes moments, unless
+/// something is wrong with it.
+const CLAIM: Duration = Duration::from_millis(250);
+
+/// The same for whoever holds the claim. The layer's own deadline is sooner, as a rule.
+const HELD: Duration = Duration::from_secs(10);
 
 /// A store in a Postgres database, 12 or later. Cheap to clone; clones share connections.
 ///
@@ -31,13 +41,13 @@ use crate::dedup::protocol::{Ask, Claim, Held, Record, Release, Run};
 /// # What it promises, and what not
 ///
 /// 1. What is confirmed is as durable as a commit on that server: see `synchronous_commit`, and what a
-///    failover to an asynchronous standby can lose, in the store's page, `docs/stores/postgres.md`.
+///    failover to an asynchronous standby can lose, in [the store's page](crate::_docs::postgres).
 ///    A lost record lets a copy run again; it suppresses nothing.
 /// 2. Records past their time are deleted by a task in the background, in small batches.
 /// 3. While all of its connections are busy, calls share statements, so that a burst costs few commits.
 /// 4. It works behind a pooler in transaction mode without a setting: it keeps no state in a session and
 ///    prepares no statement.
-/// 5. It does not make a handler's own effects happen once.
+/// 5. It does not make a handler's own effects happen once. The [inbox](crate::inbox) does, for effects in this database.
 ///
 /// ```no_run
 /// use guestlist::dedup::PostgresStore;
@@ -79,7 +89,8 @@ impl PostgresStore {
         PostgresStoreBuilder::of_url(url)
     }
 
-    /// Starts a store by the options of `sqlx`, which stands in this crate's public interface here: its major version is part of ours.
+    /// Starts a store by the options of `sqlx`, which stands in this crate's public interface here and in the
+    /// [inbox](crate::inbox): its major version is part of ours.
     pub fn builder_of(options: sqlx::postgres::PgConnectOptions) -> PostgresStoreBuilder {
         PostgresStoreBuilder::of_options(options)
     }
@@ -114,19 +125,24 @@ impl PostgresStore {
         Ok(())
     }
 
+    /// A text in which `{schema}` and `{table}` stand for the names.
+    pub(crate) fn fill(&self, text: &str) -> String {
+        self.names.fill(text)
+    }
+
     async fn ask(&self, statement: String) -> Result<Vec<sqlx::postgres::PgRow>, StoreError> {
         self.connections.lend().run(statement).await.map_err(error::of)
     }
 
     async fn held(&self, call: Call) -> Result<Held, StoreError> {
-        self.lanes.step(call).await?.held()
+        self.lanes.step(call, HELD).await?.held()
     }
 }
 
 #[async_trait]
 impl DedupStore for PostgresStore {
     async fn claim(&self, key: &DedupKey, ask: &Ask) -> Result<Claim, StoreError> {
-        self.lanes.step(Call::claim(key, ask)).await?.claim()
+        self.lanes.step(Call::claim(key, ask), CLAIM).await?.claim()
     }
 
     async fn renew(&self, key: &DedupKey, run: Run, lease: Duration) -> Result<Held, StoreError> {

@@ -49,7 +49,7 @@ impl PostgresStore {
         tokio::spawn(async move {
             loop {
                 // The processes of a deployment start together; their sweeps need not.
-                sleep(interval.mul_f64(rand::random_range(0.5..1.5))).await;
+                sleep(interval.mul_f64(0.5 + crate::random::unit())).await;
                 let Some(connections) = connections.upgrade() else { return };
                 if let Err(error) = sweep(&connections, &names).await {
                     tracing::warn!(target: "guestlist", %error, "the Postgres store could not be swept");

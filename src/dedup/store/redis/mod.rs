@@ -34,7 +34,7 @@ use crate::{DedupKey, defaults};
 /// 3. Redis must not evict: give it `maxmemory-policy noeviction`. Another policy is warned about when connecting.
 /// 4. It connects again by itself, and asks Sentinel for the master of now.
 ///
-/// The [page on Redis](crate::_docs::redis_store) has the settings, the permissions and what a failover can do.
+/// The [page on Redis](crate::_docs::redis) has the settings, the permissions and what a failover can do.
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), guestlist::dedup::StoreError> {

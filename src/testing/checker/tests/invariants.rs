@@ -549,6 +549,14 @@ fn i15_a_process_that_counts_its_deliveries_anew_is_no_contradiction() {
     assert_eq!(tape.reason(), Reason::Crashed);
 }
 
+#[test]
+fn i15_a_number_that_arrives_again_is_another_delivery() {
+    let mut tape = Tape::new();
+    tape.arrives("a", 1).handles(Before::First, 1, 1);
+    tape.arrives("a", 1).is_duplicate();
+    assert_eq!(tape.clean().counts.deliveries, 2);
+}
+
 // The report
 
 #[test]

@@ -220,3 +220,12 @@ fn a_claim_may_be_undone_after_its_holder_gave_its_lease_up() {
     tape.after(SECOND).arrives("b", 1).handles(Before::First, 2, 1);
     assert!(tape.clean().extra_runs.is_empty());
 }
+
+#[test]
+fn a_redrive_of_a_record_whose_first_claim_could_not_be_logged_is_a_redrive() {
+    let mut tape = Tape::new();
+    tape.arrives("a", 1).mark("a", Marker::ProcessKilled).after(LEASE);
+    tape.arrives("b", 1).parks(Before::Vanished, 2, 2, Cause::Permanent);
+    tape.arrives("b", 2).with(|step| step.generation(1)).handles(Before::First, 3, 1);
+    assert_eq!(tape.reason(), Reason::Redriven);
+}

@@ -28,7 +28,6 @@ impl InFolder {
     /// Does this to the folder while nobody has it.
     fn reopen_after(&self, change: impl FnOnce(&Path)) {
         self.store.reopen(|| {
-            drop(opened(&self.temp.0, self.durability));
             until_free(&self.temp.0);
             change(&self.temp.0);
             opened(&self.temp.0, self.durability)
@@ -41,11 +40,6 @@ fn opened(folder: &Path, durability: Durability) -> DurableStore {
     let open = DurableStore::builder(folder).durability(durability).open();
     let run = || tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(open);
     std::thread::scope(|scope| scope.spawn(run).join().unwrap()).unwrap()
-}
-
-fn until_free(folder: &Path) {
-    let lock = fs::File::open(folder.join("guestlist.lock")).unwrap();
-    lock.lock().unwrap();
 }
 
 #[async_trait]

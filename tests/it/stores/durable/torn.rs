@@ -22,9 +22,11 @@ async fn a_store() -> Temp {
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
-        match entry.file_type().unwrap().is_dir() {
-            true => copy(&entry.path(), &to.join(entry.file_name())),
-            false => drop(fs::copy(entry.path(), to.join(entry.file_name())).unwrap()),
+        let copy_of = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &copy_of);
+        } else {
+            fs::copy(entry.path(), copy_of).unwrap();
         }
     }
 }

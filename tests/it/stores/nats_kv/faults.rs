@@ -84,6 +84,7 @@ async fn f19_a_server_that_lost_its_last_writes_only_re_runs() {
 
     let again = win_at_last(&store, &lost, &ask(SECOND / 2)).await;
     assert_eq!((again.attempt, again.before), (1, Before::First), "a lost record runs again");
+    assert!(fence(&again) > fence(&holder), "with a higher fence, though its revision was given out before");
     // Its revision was given out before, long ago: to this process it would look old.
     until("the other process is connected", || async { other.inspect(&kept).await.is_ok() }).await;
     let renewed = store.claim(&lost, &Ask { token: again.run.token, ..ask(HOUR / 2) }).await.unwrap();

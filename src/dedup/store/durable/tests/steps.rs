@@ -134,7 +134,7 @@ impl Walk {
             .iter()
             .map(|(number, act)| {
                 let act = act.clone();
-                Call::new(key(*number), kind(&act), move |machine, record| make(&act, machine, record))
+                Call::boxed(key(*number), kind(&act), move |machine, record| make(&act, machine, record))
             })
             .unzip();
         self.ledger.as_mut().unwrap().apply(self.now, &mut steps).unwrap();
