@@ -125,6 +125,9 @@ pub mod _docs {
     #[doc = include_str!("../docs/stores/postgres.md")]
     #[cfg(feature = "postgres")]
     pub mod postgres {}
+    #[doc = include_str!("../docs/stores/redis.md")]
+    #[cfg(feature = "redis")]
+    pub mod redis {}
 }
 
 #[cfg(doctest)]
