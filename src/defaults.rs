@@ -33,6 +33,10 @@ pub const BACKOFF_FACTOR: u32 = 4;
 /// No delay between attempts is longer than this: 5 min.
 pub const BACKOFF_CAP: Duration = Duration::from_secs(5 * 60);
 
+/// An id that failed stays on record for this much longer than its longest backoff: an hour. A delivery that is
+/// later than that starts counting anew.
+pub const BACKOFF_KEPT: Duration = Duration::from_secs(60 * 60);
+
 /// In-process tries within one claim: 1, that is, none but the first.
 pub const TRIES: u32 = 1;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::broker::{HoldSteps, QueueSpec};
-use crate::dedup::{DedupLayer, DedupStore, MemoryStore, SharedStore, StorePolicy};
+use crate::dedup::{DedupLayer, DedupStore, MemoryStore, SharedStore, StorePolicy, retain};
 use crate::handler::Needs;
 use crate::inbox::Inbox;
 use crate::redeliver::OwnPolicy;
@@ -123,11 +123,23 @@ impl QueueConfig {
         }
     }
 
+    /// A store that cannot keep a record for as long as the queue needs would refuse every claim.
+    fn check_store(&self, store: &dyn DedupStore) -> Result<(), ConfigError> {
+        let needs = retain(self.dedup.window, self.backoff.cap());
+        match store.features().keeps {
+            Some(keeps) if keeps < needs => {
+                Err(ConfigError::StoreKeeps { queue: self.spec.name.clone(), needs, keeps })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Only a consumer connects: a store that nobody would connect to must not be replaced silently.
     pub(crate) fn check_connected(&self) -> Result<(), ConfigError> {
-        match self.store {
+        match &self.store {
             StoreChoice::At(_) => Err(ConfigError::StoreUrl { queue: self.spec.name.clone() }),
-            StoreChoice::Default | StoreChoice::Given(_) => Ok(()),
+            StoreChoice::Given(store) => self.check_store(&**store),
+            StoreChoice::Default => Ok(()),
         }
     }
 
@@ -283,6 +295,18 @@ pub enum ConfigError {
         window: Duration,
         /// Its lease.
         lease: Duration,
+    },
+    /// The store cannot keep a record for long enough.
+    #[error(
+        "queue `{queue}` needs its ids kept for {needs:?} (its window, and an hour more than its longest backoff), and its store keeps them for {keeps:?}: use a bucket with a longer window, or shorten those"
+    )]
+    StoreKeeps {
+        /// The queue.
+        queue: String,
+        /// What it needs.
+        needs: Duration,
+        /// What the store can do.
+        keeps: Duration,
     },
     /// A store is named by its URL, and nobody is there to connect to it.
     #[error(

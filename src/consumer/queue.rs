@@ -309,6 +309,7 @@ impl Queue {
             Some(inbox) => inbox.store(),
             None => stores.of(&config).await?,
         });
+        config.check_connected()?;
         let (gate, background) = (Gate::default(), TaskTracker::new());
         let pipeline = Pipeline::of(config.clone(), Arc::clone(broker), gate.clone(), background.clone());
         let line = Line::new(config.clone(), Arc::clone(broker), gate, background, counters, drain);

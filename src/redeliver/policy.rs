@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::broker::HoldSteps;
-use crate::{Backoff, Failure, FailureClass};
+use crate::{Backoff, Failure, FailureClass, defaults};
 
 /// What a policy of your own says about a failed attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,7 +13,8 @@ use crate::{Backoff, Failure, FailureClass};
 pub enum Again {
     /// As the queue's backoff says.
     Backoff,
-    /// After this long.
+    /// After this long, at most an hour longer than the [longest backoff](Backoff::cap): for so long the attempts
+    /// are on record.
     After(Duration),
     /// Never: it is a dead letter now, cause `permanent`.
     Never,
@@ -37,7 +38,7 @@ impl Policy {
         let own = self.own.as_ref().filter(|_| failure.class() == FailureClass::Transient);
         match own.map_or(Again::Backoff, |own| own(failure, attempt)) {
             Again::Backoff => Some(self.backoff_delay(attempt)),
-            Again::After(delay) => Some(delay),
+            Again::After(delay) => Some(delay.min(self.backoff.cap().saturating_add(defaults::BACKOFF_KEPT))),
             Again::Never => None,
         }
     }

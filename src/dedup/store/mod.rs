@@ -124,13 +124,15 @@ pub struct StoreFeatures {
     pub shared: bool,
     /// What is remembered outlives the process: bounded retry over crashes (I8, F26) needs this.
     pub survives_restart: bool,
+    /// The longest time for which it can keep a record; `None`: any. A queue that needs more is refused at its start.
+    pub keeps: Option<Duration>,
 }
 
 impl StoreFeatures {
     /// The features of a store in this process's memory.
-    pub const IN_MEMORY: Self = Self { shared: false, survives_restart: false };
+    pub const IN_MEMORY: Self = Self { shared: false, survives_restart: false, keeps: None };
     /// The features of a store on a server that keeps what it confirmed.
-    pub const SHARED: Self = Self { shared: true, survives_restart: true };
+    pub const SHARED: Self = Self { shared: true, survives_restart: true, keeps: None };
 }
 
 /// A store did not answer, or not intelligibly.

@@ -234,7 +234,7 @@ impl DedupStore for DurableStore {
     }
 
     fn features(&self) -> StoreFeatures {
-        StoreFeatures { shared: false, survives_restart: true }
+        StoreFeatures { shared: false, survives_restart: true, keeps: None }
     }
 }
 

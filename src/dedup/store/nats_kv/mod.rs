@@ -318,7 +318,7 @@ impl DedupStore for NatsKvStore {
     }
 
     fn features(&self) -> StoreFeatures {
-        StoreFeatures { shared: true, survives_restart: self.0.in_files }
+        StoreFeatures { shared: true, survives_restart: self.0.in_files, keeps: Some(self.0.window) }
     }
 }
 

@@ -52,7 +52,31 @@ async fn another_window_is_refused_and_both_are_named() {
     assert!(text.contains("3600s") && text.contains("7200s"), "{text}");
 }
 
-/// As a queue with a longer window than the bucket's asks.
+/// Else every claim of it would be refused, and the queue would pause for ever.
+#[tokio::test]
+async fn a_queue_that_needs_more_than_the_bucket_keeps_is_refused_at_its_start() {
+    use guestlist::broker::memory::MemoryBroker;
+    use guestlist::{Backoff, Consumer, Handled, Message, Queue};
+
+    async fn start(change: impl FnOnce(Queue) -> Queue) -> Result<(), guestlist::Error> {
+        let broker = MemoryBroker::new();
+        broker.declare("orders");
+        let queue = Queue::new("orders").reject_failed().store(open(&unique("needs")).await);
+        let queue = change(queue).handler(async |_: Message| -> Handled { Ok(()) });
+        Consumer::new(broker).queue(queue).run_until(std::future::ready(())).await
+    }
+    let brief = || Backoff::new(SECOND, 1, Duration::ZERO);
+    start(|queue| queue.backoff(brief())).await.unwrap();
+    let too_long: [fn(Queue) -> Queue; 2] =
+        [|queue| queue.window(2 * HOUR), |queue| queue.backoff(Backoff::new(SECOND, 2, HOUR))];
+    for change in too_long {
+        let error = start(|queue| change(queue.backoff(Backoff::new(SECOND, 1, Duration::ZERO)))).await;
+        let text = format!("{:?}", error.unwrap_err());
+        assert!(text.contains("orders") && text.contains("7200s") && text.contains("3600s"), "{text}");
+    }
+}
+
+/// As a hand-built stack with a longer window than the bucket's asks.
 #[tokio::test]
 async fn a_claim_that_outlives_the_bucket_is_refused_and_both_lengths_are_named() {
     let store = open(&unique("outlive")).await;
