@@ -120,6 +120,8 @@ pub mod prelude {
 pub mod _docs {
     #[doc = include_str!("../docs/design.md")]
     pub mod design {}
+    #[doc = include_str!("../docs/proof.md")]
+    pub mod proof {}
     #[doc = include_str!("../docs/stores/near_cache.md")]
     pub mod near_cache {}
     #[doc = include_str!("../docs/stores/postgres.md")]
