@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep};
 
 use super::super::{CommitError, InboxClaim};
 use crate::dedup::PostgresStore;
-use crate::dedup::store::postgres::{Sighting, key_of, micros};
+use crate::dedup::store::postgres::{NOW, Sighting, key_of, micros};
 
 /// For how long a commit without an answer is looked into.
 const LOOK: Duration = Duration::from_secs(10);
@@ -34,18 +34,20 @@ const LOOK: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// The statement that completes a claim in somebody else's transaction.
-pub(super) struct Completion {
-    text: String,
-    key: String,
-    run: String,
-    window: i64,
-}
+///
+/// By the simple protocol: one round trip, and no prepared statement that a pooler could not find again. The
+/// token is not in its text, which the pool may log: the transaction carries it. A transaction that is not the
+/// one that was begun carries none, and finds no claim.
+pub(super) struct Completion(String);
 
 /// A transaction that has completed its claim and may be committing.
 pub(super) struct Completed {
     session: i32,
     began: String,
 }
+
+/// The run's token, as the transaction carries it.
+const RUN: &str = "nullif(current_setting('guestlist.run', true), '')";
 
 /// Who holds the claim, as the transaction carries it.
 pub(super) fn run_of(claim: &InboxClaim) -> String {
@@ -54,22 +56,19 @@ pub(super) fn run_of(claim: &InboxClaim) -> String {
 
 impl Completion {
     pub(super) fn of(store: &PostgresStore, claim: &InboxClaim) -> Self {
-        let now = crate::dedup::store::postgres::NOW;
-        let text = format!(
+        let (key, window) = (key_of(&claim.key), micros(claim.window));
+        Self(store.fill(&format!(
             "update \"{{schema}}\".\"{{table}}\"
-                set state = 3, until = 0, suspect = false, retain = $3, kept_until = {now} + greatest($3, 1)
-              where key = $1::uuid and token = $2::uuid and state = 0 and version = 1 and kept_until > {now}
-                and current_setting('guestlist.run', true) = $2
+                set state = 3, until = 0, suspect = false, retain = {window},
+                    kept_until = {NOW} + greatest({window}, 1)
+              where key = '{key}' and token = {RUN}::uuid and state = 0 and version = 1 and kept_until > {NOW}
              returning pg_backend_pid(), transaction_timestamp()::text"
-        );
-        let window = i64::try_from(micros(claim.window)).unwrap_or(i64::MAX);
-        Self { text: store.fill(&text), key: key_of(&claim.key), run: run_of(claim), window }
+        )))
     }
 
     /// None: there is no such claim, or the transaction is not the one that was begun.
     pub(super) async fn run(self, connection: &mut PgConnection) -> Result<Option<Completed>, sqlx::Error> {
-        let update = sqlx::query(AssertSqlSafe(self.text)).bind(self.key).bind(self.run).bind(self.window);
-        let row = update.fetch_optional(connection).await?;
+        let row = sqlx::raw_sql(AssertSqlSafe(self.0)).fetch_optional(connection).await?;
         row.map(|row| Ok(Completed { session: row.try_get(0)?, began: row.try_get(1)? })).transpose()
     }
 }
@@ -81,7 +80,7 @@ pub(super) async fn commit(
 ) -> Result<(), CommitError> {
     let completed = match Completion::of(store, claim).run(&mut transaction).await {
         Ok(Some(completed)) => completed,
-        Ok(None) => return Err(not_completed(transaction, claim).await),
+        Ok(None) => return Err(not_completed(transaction).await),
         // `COMMIT` was not sent.
         Err(error) => return Err(CommitError::RolledBack(error.into())),
     };
@@ -93,17 +92,17 @@ pub(super) async fn commit(
 }
 
 /// Whose fault it is that the claim could not be completed.
-async fn not_completed(mut transaction: Transaction<'static, Postgres>, claim: &InboxClaim) -> CommitError {
-    let look =
-        sqlx::query("select coalesce(current_setting('guestlist.run', true), '') = $1").bind(run_of(claim));
+async fn not_completed(mut transaction: Transaction<'static, Postgres>) -> CommitError {
+    let look = sqlx::raw_sql(AssertSqlSafe(format!("select {RUN} is not null")));
     let whole = look.fetch_one(&mut *transaction).await.and_then(|row| row.try_get::<bool, _>(0));
-    let undone = transaction.rollback().await;
-    match (whole, undone) {
-        (Ok(true), _) => CommitError::Lost,
-        (Ok(false), _) => CommitError::Misused(
+    // Failed or not, nothing of it is committed.
+    let _ = transaction.rollback().await;
+    match whole {
+        Ok(true) => CommitError::Lost,
+        Ok(false) => CommitError::Misused(
             "the handler committed or rolled back its transaction by itself: what it did is not tied to its message",
         ),
-        (Err(error), _) => CommitError::RolledBack(error.into()),
+        Err(error) => CommitError::RolledBack(error.into()),
     }
 }
 

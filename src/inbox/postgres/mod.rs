@@ -31,7 +31,7 @@ const ROLLBACK: Duration = Duration::from_secs(1);
 ///
 /// The pool belongs to `sqlx`, whose major version is part of this crate's public interface. It needs a
 /// connection for each handler at once; the claims have connections of their own. Behind a pooler in transaction mode,
-/// give it `statement_cache_capacity(0)`, as any use of sqlx there needs.
+/// the inbox's own statements need nothing; a handler's own must not be kept prepared (`.persistent(false)`).
 #[derive(Clone)]
 pub struct PostgresInbox {
     store: PostgresStore,

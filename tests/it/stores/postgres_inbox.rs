@@ -572,10 +572,8 @@ async fn a_serialization_failure_is_tried_again() {
 #[tokio::test]
 async fn a_commit_that_is_refused_is_a_failure() {
     let bank = Bank::open().await;
-    let other = format!(
-        "create table {{s}}.receipts (name text references {{s}}.accounts deferrable initially deferred)"
-    );
-    bank.place.sql(&other).await;
+    let other = "create table {s}.receipts (name text references {s}.accounts deferrable initially deferred)";
+    bank.place.sql(other).await;
     let schema = bank.place.schema.clone();
     bank.charge("ada").await;
     let process = bank.start(bank.queue().handler(bank.handler(move |mut tx, run| {

@@ -67,8 +67,7 @@ fn statement(bytes: &[u8]) -> Option<At> {
         Some(b'Q') if has("guestlist.run = ") => Some(At::Begin),
         Some(b'Q') if has("charged + 1") => Some(At::Write),
         Some(b'Q') if has("COMMIT") => Some(At::Commit),
-        // The one statement with arguments on these lines.
-        Some(b'B') => Some(At::Complete),
+        Some(b'Q') if has("set state = 3") => Some(At::Complete),
         _ => None,
     }
 }
