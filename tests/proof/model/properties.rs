@@ -44,6 +44,7 @@ fn promises() -> Vec<Property<Setup>> {
         always("I1 nothing is lost", Setup::nothing_lost),
         always("I2 one at a time", Setup::one_at_a_time),
         always("I2 a zombie changes nothing", |_, state| !state.flaws.has(Flaw::ZombieChanges)),
+        always("I2 a zombie settles nothing", |_, state| !state.flaws.has(Flaw::ZombieSettles)),
         always("I3 no run within the window", |_, state| !state.flaws.has(Flaw::RunInWindow)),
         always("I4 a failure never marks", |setup, state| {
             (0..usize::from(setup.keys)).all(|key| {

@@ -41,6 +41,7 @@ pub(super) enum Flaw {
     CountedTwice = 1 << 6,
     BackoffSkipped = 1 << 7,
     DoneWorkGivenUp = 1 << 8,
+    ZombieSettles = 1 << 9,
 }
 
 /// Those broken so far.

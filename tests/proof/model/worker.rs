@@ -14,6 +14,7 @@ use guestlist::{Cause, Disposition, FailureClass};
 use super::bugs::Bug;
 use super::setup::Setup;
 use super::state::{At, BACKOFF, Call, LEASE, Reason, Request, State, Stray, Worker, token};
+use super::store::Stands;
 use super::story::{Flaw, Story};
 
 /// The backoff and every other delay of the model.
@@ -94,11 +95,13 @@ impl Step<'_> {
     }
 
     fn answered(&mut self, held: Held) {
+        let row = self.state.rows[usize::from(self.me().key)];
+        let done = row.is_some_and(|row| row.stands == Stands::Done);
         let me = self.me();
         match &mut me.at {
             At::Completing(call) => {
                 *call = Call::Answered(held);
-                me.recorded |= held != Held::Lost;
+                me.recorded |= done && held != Held::Lost;
             }
             At::Releasing(_, _, call) => *call = Call::Answered(held),
             _ => {}
@@ -286,6 +289,7 @@ impl Step<'_> {
         if why == Release::DeadLettered {
             self.settle(then, Reason::Parked);
         } else if ours_to_settle(answer) {
+            self.flaw(Flaw::ZombieSettles, answer == Some(Held::Lost) && then != Disposition::Abandon);
             self.settle(then, Reason::Again);
         } else {
             self.settle(Disposition::Abandon, Reason::Again);
