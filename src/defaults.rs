@@ -86,7 +86,7 @@ pub const ERROR_TEXT: usize = 1024;
 /// The longest message id, in bytes: 4 KiB. A longer one is an invalid id, not a hash of itself.
 pub const MAX_ID: usize = 4096;
 
-/// The ids a memory store remembers: a million (about 340 bytes each). It is loud when it forgets early.
+/// The ids a memory store remembers: a million (about 500 bytes each). It is loud when it forgets early.
 pub const MEMORY_STORE_IDS: u64 = 1_000_000;
 
 /// The prefetch for a concurrency: half as many again, so that a slot that falls free finds work.
