@@ -44,7 +44,7 @@ impl Lengths {
     /// How long an id that is not done stays on record. A window shorter than a backoff must not make
     /// the store forget the attempts meanwhile: the message would be tried for ever.
     pub(crate) fn retain(&self) -> Duration {
-        self.window.max(self.backoff.saturating_add(defaults::WINDOW))
+        retain(self.window, self.backoff)
     }
 
     /// Below lease / 3 by law, so that an unknown answer can be asked again within the lease.
@@ -55,6 +55,11 @@ impl Lengths {
     fn renewal(&self) -> Duration {
         self.lease / defaults::RENEWALS_PER_LEASE
     }
+}
+
+/// How long an id that is not done is kept, with this window and this longest backoff.
+pub(crate) fn retain(window: Duration, backoff: Duration) -> Duration {
+    window.max(backoff.saturating_add(defaults::WINDOW))
 }
 
 /// The claims in hand of one queue.

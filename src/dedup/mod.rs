@@ -48,6 +48,7 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 use self::claims::Lease;
+pub(crate) use self::claims::retain;
 pub(crate) use self::guard::HeldClaim;
 pub use self::layer::{DedupLayer, SharedStore, StorePolicy};
 use self::protocol::Run;
