@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 
+use crate::delay::LONGEST;
 use crate::message::{Headers, Source};
 use crate::{Cause, Message, MessageId, defaults};
 
@@ -306,10 +307,16 @@ fn number(value: &[u8]) -> u32 {
     std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
 }
 
+/// More than the clocks of two machines differ.
+const CLOCKS_APART: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// Milliseconds since 1970; a forged one is none, and the sender's own header counts again.
 fn time(value: &[u8]) -> Option<SystemTime> {
     let millis = std::str::from_utf8(value).ok()?.parse().ok()?;
-    UNIX_EPOCH.checked_add(Duration::from_millis(millis))
+    let due = UNIX_EPOCH.checked_add(Duration::from_millis(millis))?;
+    // We write none further away; the other machine's clock may be ahead.
+    let furthest = SystemTime::now() + LONGEST + CLOCKS_APART;
+    (due <= furthest).then_some(due)
 }
 
 /// Percent-encodes everything but visible ASCII, and `%`: any bytes travel as a header value.

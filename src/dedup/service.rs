@@ -371,11 +371,10 @@ impl Door {
             Obstacle::InProgress(until) => until.saturating_duration_since(Instant::now()),
             Obstacle::Suspect => self.settings.wait(),
         };
-        // Not sooner than a moment, so that a short lease elsewhere is no hot loop here.
-        let after = left.clamp(
-            crate::defaults::RECONNECT_BASE,
-            self.settings.lengths.lease.max(crate::defaults::RECONNECT_BASE),
-        );
+        // Not sooner than a moment, so that a short lease elsewhere is no hot loop here. And not cut to a lease: what is
+        // left of a long backoff would go round by the short hold steps only, hundreds of times. The bound is for a
+        // store whose clock was set back.
+        let after = left.clamp(crate::defaults::RECONNECT_BASE, self.settings.lengths.retain());
         self.claims.events.emit(message, None, EventKind::Waited);
         Failure::planned(Cause::InProgress, Plan::hand_back(after), "another holder has this id")
     }

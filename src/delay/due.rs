@@ -5,12 +5,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jiff::{Span, SpanRelativeTo, Timestamp};
 
-use super::{DELIVER_AFTER, DELIVER_AT};
+use super::{DELIVER_AFTER, DELIVER_AT, LONGEST};
 use crate::Message;
 use crate::broker::copy::escape;
-
-/// The longest delay: a year, and a leap day.
-const LONGEST: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
 /// What a header says that is no time.
 #[derive(Debug, PartialEq, Eq)]
@@ -36,7 +33,9 @@ pub(super) fn due(message: &Message, now: SystemTime) -> Result<Option<SystemTim
     let due = match (text(message, DELIVER_AT)?, text(message, DELIVER_AFTER)?) {
         (None, None) => return Ok(None),
         (Some(at), _) => at_time(at)?,
-        (None, Some(after)) => start(message, now) + length(after)?,
+        (None, Some(after)) => start(message, now)
+            .checked_add(length(after)?)
+            .ok_or_else(|| no_time(DELIVER_AFTER, after, "no time that a clock shows"))?,
     };
     if due > now + LONGEST {
         let (header, value) = match text(message, DELIVER_AT)? {
@@ -184,6 +183,16 @@ mod tests {
             Ok(Some(40.0)),
             "the sender's word, in whole seconds, is not used"
         );
+    }
+
+    #[test]
+    fn a_forged_time_of_a_copy_neither_delays_for_ever_nor_keeps_a_message_young() {
+        for never in ["18446744073709551615", "9999999999999999", "99999999999999"] {
+            let message = says("guestlist-due", never).build();
+            assert_eq!(message.due(), None, "{never}");
+            assert_eq!(read(says("guestlist-due", never).header(DELIVER_AFTER, "10")), Ok(Some(10.0)));
+        }
+        assert_eq!(read(says("guestlist-due", "1800000010000")), Ok(Some(10.0)), "as we write it");
     }
 
     #[test]

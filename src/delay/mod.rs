@@ -53,8 +53,13 @@ mod due;
 mod layer;
 mod service;
 
+use std::time::Duration;
+
 pub use self::layer::DelayLayer;
 pub use self::service::{Delay, DelayFuture};
+
+/// The longest delay: a year, and a leap day.
+pub(crate) const LONGEST: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
 /// The header with the time from which a message may be handled.
 pub const DELIVER_AT: &str = "deliver-at";

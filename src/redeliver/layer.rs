@@ -1,6 +1,7 @@
 //! [`RedeliverLayer`].
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tower_layer::Layer;
 
@@ -18,7 +19,7 @@ pub struct RedeliverLayer {
 impl RedeliverLayer {
     /// Transient failures come again after the default backoff: 1 s × 4 up to 5 min, full jitter.
     pub const fn new() -> Self {
-        Self { policy: Policy { backoff: Backoff::attempts(), own: None, steps: None } }
+        Self { policy: Policy { backoff: Backoff::attempts(), own: None, longest: None, steps: None } }
     }
 
     /// The delays between attempts.
@@ -30,10 +31,17 @@ impl RedeliverLayer {
 
     /// Asks this function first: it is given the failure of a transient class and the attempt, from 1, and can look
     /// at the [cause](Failure::cause) and the [error](Failure::error)'s type. How many attempts there are at most is
-    /// dedup's to say.
+    /// dedup's to say; a delay longer than it remembers an id would make it forget them (a [`Queue`](crate::Queue) cuts it).
     #[must_use]
     pub fn with_policy(mut self, policy: impl Fn(&Failure, u32) -> Again + Send + Sync + 'static) -> Self {
         self.policy.own = Some(Arc::new(policy));
+        self
+    }
+
+    /// No delay of the policy's is longer than this.
+    #[must_use]
+    pub(crate) const fn with_longest(mut self, longest: Duration) -> Self {
+        self.policy.longest = Some(longest);
         self
     }
 

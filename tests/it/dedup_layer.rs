@@ -341,6 +341,24 @@ async fn a_suspect_that_does_not_get_the_permit_is_handed_back_with_a_delay() {
     assert_eq!(runs.around(&layer).oneshot(order("b")).await.unwrap(), Outcome::Handled);
 }
 
+/// A hop at a time it would be, if it came back sooner: each one a copy, and a question to the store.
+#[tokio::test(start_paused = true)]
+async fn what_is_left_of_a_long_delay_is_handed_back_whole() {
+    let layer = DedupLayer::new(MemoryStore::new(), "orders");
+    let defers = layer.layer(HandlerService::new(async |_: Message| Err(Failure::defer(HOUR))));
+    let mut delays = Vec::new();
+    for _ in 0..2 {
+        let (message, acker) = Delivery::new(order("a"), Arc::new(Nobody), AckHandle::Tag(1)).into_parts();
+        let answer = defers.clone().oneshot(message).await;
+        let Disposition::Release { after } = acker.conclude(answer).await.unwrap() else {
+            panic!("not released")
+        };
+        delays.push(after);
+    }
+    assert_eq!(delays[0], HOUR);
+    assert!(delays[1] > HOUR - MINUTE && delays[1] < HOUR, "{delays:?}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_waiter_runs_at_once_when_the_holder_fails() {
     let layer = DedupLayer::new(MemoryStore::new(), "orders").with_suspects(Suspects::new());

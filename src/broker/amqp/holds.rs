@@ -32,6 +32,10 @@ impl Holds {
                 target: "guestlist", queue = self.queue.name, ?step, ?error,
                 "there is no hold queue for this step: messages go round by the shortest one, {shortest:?}"
             );
+            // It may have been deleted meanwhile, too.
+            if step != shortest {
+                self.make(shortest).await?;
+            }
             return self.put(copy, shortest).await;
         }
         self.put(copy, step).await

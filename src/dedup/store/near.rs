@@ -31,7 +31,8 @@ const GARBAGE_AFTER: Duration = Duration::from_secs(60);
 ///    of an id that the store called done, or whose `complete` the store has confirmed to it.
 /// 2. It forgets after [`MAX_AGE`](Self::MAX_AGE), and never later than the window of a `complete` of its own ends. Where it has
 ///    only seen that an id is done, it cannot know how much of the window is left, and forgets after a sixtieth of
-///    the queue's window, or `MAX_AGE` if that is less: an id may be taken for a copy for that much longer than its
+///    the shortest window that it completed an id for (before the first one: of how long the queue keeps an id that is
+///    not done, an hour or more), or `MAX_AGE` if that is less: an id may be taken for a copy for that much longer than its
 ///    window.
 /// 3. An id that was sent back to work (a higher generation) is always asked about at the store.
 /// 4. What is forgotten or lost in the store may be answered `Done` here for [`MAX_AGE`](Self::MAX_AGE) more: after
@@ -60,12 +61,20 @@ pub struct NearCache {
     shared: Arc<Counts>,
 }
 
-#[derive(Default)]
 struct Counts {
     hits: AtomicU64,
+    /// The shortest window that was asked for, in µs. A claim does not say it: what it says is how long an id that
+    /// is *not* done is kept, which is never less than an hour.
+    window: AtomicU64,
     /// Grows with every `forget`: entries of an earlier age are not believed, so that an answer that
     /// was on its way meanwhile does not bring back what was forgotten.
     age: AtomicU64,
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        Self { hits: AtomicU64::new(0), window: AtomicU64::new(u64::MAX), age: AtomicU64::new(0) }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -126,6 +135,10 @@ impl NearCache {
         self.shared.age.load(Ordering::SeqCst)
     }
 
+    fn shortest_window(&self) -> Duration {
+        Duration::from_micros(self.shared.window.load(Ordering::Relaxed))
+    }
+
     /// The answer that needs no store.
     fn known(&self, key: &DedupKey, ask: &Ask) -> Option<Claim> {
         let done = self.done.get(key)?;
@@ -141,7 +154,8 @@ impl NearCache {
     fn note(&self, key: &DedupKey, ask: &Ask, claim: &Claim, sent: Instant, age: u64) {
         match *claim {
             Claim::Done { digest } => {
-                let until = sent + self.max_age.min(ask.retain / SHARE_OF_A_WINDOW);
+                let window = ask.retain.min(self.shortest_window());
+                let until = sent + self.max_age.min(window / SHARE_OF_A_WINDOW);
                 self.done.insert(*key, Done { until, generation: ask.generation, digest, age });
             }
             Claim::Acquired { digest, .. } => {
@@ -191,6 +205,8 @@ impl DedupStore for NearCache {
     }
 
     async fn complete(&self, key: &DedupKey, run: Run, window: Duration) -> Result<Held, StoreError> {
+        let micros = u64::try_from(window.as_micros()).unwrap_or(u64::MAX);
+        self.shared.window.fetch_min(micros, Ordering::Relaxed);
         let (mine, age) = (self.completing(key, run), self.age());
         let held = self.store.complete(key, run, window).await?;
         if let (Held::Yes, Some((Mine { generation, digest, .. }, first))) = (held, mine) {

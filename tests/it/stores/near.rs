@@ -218,6 +218,20 @@ async fn what_it_only_saw_done_is_remembered_for_a_sixtieth_of_the_window() {
     }
 }
 
+/// A queue keeps what is not done for longer than its window.
+#[tokio::test(start_paused = true)]
+async fn a_short_window_is_not_lengthened_by_how_long_claims_are_kept() {
+    let one = Desk::new();
+    let two = one.beside();
+    assert!(matches!(two.near.claim(&OTHER_KEY, &ask(1)).await.unwrap(), Claim::Acquired { .. }));
+    assert_eq!(two.near.complete(&OTHER_KEY, run(1), 10 * SECOND).await.unwrap(), Held::Yes);
+    assert!(matches!(one.near.claim(&KEY, &ask(1)).await.unwrap(), Claim::Acquired { .. }));
+    one.complete(10 * SECOND).await;
+    assert_eq!(two.copy(ask(2)).await, FAR);
+    advance(10 * SECOND).await;
+    assert_eq!(two.copy(ask(3)).await, (false, true), "its window is over");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_hit_does_not_lengthen_what_is_remembered() {
     let desk = Desk::new();

@@ -100,7 +100,7 @@ impl Actor {
         let disk = unpanicked(&mut open)?;
         let about = About::read(disk.as_ref())?;
         let (life, clock) = (about.life.wrapping_add(1), Clock::start(about.time));
-        let ledger = Ledger::open(disk, durability, life, clock.opened_at(), clock.now())?;
+        let ledger = begin(disk, durability, life, clock)?;
         Ok(Self { disk: State::Open(ledger), open, durability, life, clock })
     }
 
@@ -163,7 +163,7 @@ impl Actor {
         }
         let disk = unpanicked(&mut self.open)?;
         let Self { durability, life, clock, .. } = *self;
-        self.disk = State::Open(Ledger::open(disk, durability, life, clock.opened_at(), clock.now())?);
+        self.disk = State::Open(begin(disk, durability, life, clock)?);
         tracing::info!(target: "guestlist", "the durable store works again");
         Ok(())
     }
@@ -198,6 +198,12 @@ impl Actor {
             State::Failed { why, .. } => Err(StoreError::new(why)),
         }
     }
+}
+
+/// A life begins or goes on, with a write: what panics there must not end the thread, which tries again.
+fn begin(disk: Box<dyn Disk>, durability: Durability, life: u32, clock: Clock) -> Result<Ledger, StoreError> {
+    let open = || Ledger::open(disk, durability, life, clock.opened_at(), clock.now());
+    catch_unwind(AssertUnwindSafe(open)).unwrap_or_else(panicked)
 }
 
 /// fjall panics on files that are not what it wrote: an error like others, for the calls at hand.

@@ -209,6 +209,20 @@ fn a_panic_below_is_an_outage() {
 }
 
 #[test]
+fn so_is_one_while_the_disk_is_opened_anew() {
+    let plug = Plug::default();
+    let mut actor = plug.actor();
+    plug.set(Some(Fault::Panics));
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while plug.opened() < 3 {
+        claim(&mut actor, 1, 1).unwrap_err();
+        assert!(std::time::Instant::now() < deadline, "it is not opened anew");
+    }
+    plug.set(None);
+    fence_of(until_it_works(&mut actor, 1, 1));
+}
+
+#[test]
 fn a_failed_disk_is_opened_now_and_then_and_not_for_every_call() {
     let plug = Plug::default();
     let mut actor = plug.actor();

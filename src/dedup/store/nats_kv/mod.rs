@@ -30,6 +30,9 @@ use crate::dedup::protocol::{Ask, Claim, Fence, Held, Machine, Micros, Record, R
 /// Claims of this process whose revision is remembered. One that is forgotten costs one more question.
 const OWN_CLAIMS: u64 = 100_000;
 
+/// What a queue asks of the bucket, in an error's words.
+const KEPT: &str = "retention (the queue's window, or its longest backoff and an hour)";
+
 #[doc = include_str!("../../../../docs/stores/nats_kv.md")]
 #[derive(Clone)]
 pub struct NatsKvStore(Arc<Inner>);
@@ -273,7 +276,7 @@ impl Drop for WatchAgain {
 #[async_trait]
 impl DedupStore for NatsKvStore {
     async fn claim(&self, key: &DedupKey, ask: &Ask) -> Result<Claim, StoreError> {
-        self.fits("window", ask.retain)?;
+        self.fits(KEPT, ask.retain)?;
         self.fits("lease", ask.lease)?;
         self.watch();
         let view = self.0.own.get(key).unwrap_or_else(View::absent);

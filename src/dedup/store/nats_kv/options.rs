@@ -14,6 +14,10 @@ pub const BUCKET: &str = "guestlist";
 /// record: each second.
 pub const OBSERVE_EVERY: Duration = Duration::from_secs(1);
 
+/// For how long a queue that sets nothing keeps an id that is not done: an hour longer than its longest backoff.
+/// A bucket of its window would be too short for it.
+const LONG_ENOUGH: Duration = defaults::WINDOW.saturating_add(defaults::BACKOFF_CAP);
+
 /// How to open a bucket, where a URL is not enough: made by [`NatsKvStore::options`].
 ///
 /// ```no_run
@@ -44,13 +48,9 @@ pub(super) struct Settings {
     pub(super) observe_every: Duration,
 }
 
-/// What a new bucket remembers for, unless told otherwise: an hour and five minutes, since an id that is not done
-/// stays on record for an hour longer than its longest backoff. A queue of all defaults must fit.
-const REMEMBERS: Duration = Duration::from_secs(defaults::WINDOW.as_secs() + defaults::BACKOFF_CAP.as_secs());
-
 impl Settings {
     pub(super) fn window_or_default(&self) -> Duration {
-        self.window.unwrap_or(REMEMBERS)
+        self.window.unwrap_or(LONG_ENOUGH)
     }
 }
 
@@ -68,11 +68,11 @@ impl NatsKvOptions {
         self
     }
 
-    /// How long the bucket remembers: its `max_age`, and the longest window that a queue on it may have. It
-    /// must be an hour longer than the queue's longest backoff, too: for so long attempts are kept.
+    /// How long the bucket remembers: its `max_age`, and the longest window that a queue on it may have.
     ///
-    /// If it is not given, a bucket that is there keeps its own, and a new one has an hour and five minutes:
-    /// [`defaults::WINDOW`] and [`defaults::BACKOFF_CAP`]. A bucket that is there with another window is refused.
+    /// An id that is not done is kept for an hour longer than the queue's longest backoff at least, and must fit as
+    /// well. If it is not given, a bucket that is there keeps its own, and a new one has what a queue with the
+    /// [defaults] needs: 1 h 5 min. A bucket that is there with another window is refused.
     pub fn window(mut self, window: Duration) -> Self {
         self.settings.window = Some(window);
         self
@@ -210,6 +210,13 @@ mod tests {
             assert_eq!((servers, options.bucket.as_str()), ("nats://a:4222", BUCKET), "{url}");
             assert_eq!((options.settings.window, options.settings.replicas), (None, 1));
         }
+    }
+
+    #[test]
+    fn a_bucket_by_default_takes_the_claims_of_a_queue_by_default() {
+        let (_, options) = read("nats://a:4222").unwrap();
+        let queue = crate::dedup::layer::Settings::default().lengths;
+        assert!(queue.retain() <= options.settings.window_or_default());
     }
 
     #[test]

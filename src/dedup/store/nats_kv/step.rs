@@ -60,8 +60,8 @@ impl Inner {
             let now = self.clock.now();
             let old = self.record(&view);
             let (new, answer) = event(Machine::at(now), old);
-            if view.basis == Basis::Read && old.is_some_and(|record| rests_on_age(&record, now)) {
-                view = self.date(view).await?;
+            if view.basis != Basis::Dated && old.is_some_and(|record| rests_on_age(&record, now)) {
+                view = self.surer(key, view).await?;
                 continue;
             }
             if new == old {
@@ -215,6 +215,15 @@ impl Inner {
                 Ok(Written::NotNow)
             }
             Err(Trouble::Other(error)) => Err(error),
+        }
+    }
+
+    /// One step nearer to a view whose age may be judged. What is remembered is read: its revision may stand for
+    /// another claim by now, in a bucket that lost its last writes.
+    async fn surer(&self, key: &DedupKey, view: View) -> Result<View, StoreError> {
+        match view.basis {
+            Basis::Guess => self.read(key).await,
+            Basis::Read | Basis::Dated => self.date(view).await,
         }
     }
 
