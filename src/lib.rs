@@ -34,13 +34,14 @@
 //! # Where things are
 //!
 //! - [`Consumer`] and [`Queue`] run a handler over a broker; [`broker`] has the brokers.
-//! - [`dedup`] is the heart: the claim protocol and its stores. [`redeliver`], [`dead_letter`], [`retry`] and [`trace`]
-//!   are the other layers; [`Pipeline`] puts them in their one right order.
-//! - [`_docs::design`] says why things are as they are.
+//! - [`dedup`] is the heart: the claim protocol and its stores. [`redeliver`], [`delay`], [`dead_letter`], [`retry`],
+//!   [`inbox`] and [`trace`] are the other layers; [`Pipeline`] puts them in their one right order.
+//! - [`_docs`] has a page for each store, says why things are as they are, and how they were proven.
 //!
 //! # Features
 //!
-//! None is on by default. `amqp`: RabbitMQ. `nats`: NATS. `testing`: contract suites and doubles for tests of your
+//! None is on by default. `amqp`: RabbitMQ. `nats`: NATS, the broker and the store in a bucket. `redis`, `postgres`, `durable`: stores
+//! in Redis or Valkey, in PostgreSQL (and its transactional inbox), in a folder. `testing`: contract suites and doubles for tests of your
 //! own. `full`: all of them. The in-memory broker and store are always there.
 
 mod backoff;
@@ -119,11 +120,16 @@ pub mod prelude {
 pub mod _docs {
     #[doc = include_str!("../docs/design.md")]
     pub mod design {}
+    #[doc = include_str!("../docs/proof.md")]
+    pub mod proof {}
     #[doc = include_str!("../docs/stores/near_cache.md")]
     pub mod near_cache {}
     #[doc = include_str!("../docs/stores/postgres.md")]
     #[cfg(feature = "postgres")]
     pub mod postgres {}
+    #[doc = include_str!("../docs/stores/redis.md")]
+    #[cfg(feature = "redis")]
+    pub mod redis {}
 }
 
 #[cfg(doctest)]

@@ -37,7 +37,7 @@ impl Stranger {
         let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        Self { channel, connection: connection }
+        Self { channel, connection }
     }
 
     pub(super) async fn new() -> Self {

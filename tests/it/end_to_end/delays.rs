@@ -94,7 +94,7 @@ pub(super) async fn a_sender_chooses_the_time(
 ) {
     let line = Timeline::default();
     let running = Running::start(url, queue.handler(line.failing(0)), name).await;
-    let sent = Instant::now();
+    let begin = Instant::now();
     let at = std::time::SystemTime::now() + Duration::from_millis(2600);
     let at = at.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
     send(&[(DELIVER_AT, format!("{at:.3}"))]).await;
@@ -104,10 +104,10 @@ pub(super) async fn a_sender_chooses_the_time(
     running.stop().await;
     assert_eq!(line.attempts(), [1, 1, 1], "a wait is no attempt");
     let starts = line.starts();
-    in_time(&format!("{name}: at once"), starts[0] - sent, Duration::ZERO);
-    in_time(&format!("{name}: deliver-after"), starts[1] - sent, Duration::from_millis(1400));
-    // The header was rounded to the millisecond, after `sent`.
-    in_time(&format!("{name}: deliver-at"), starts[2] - sent, Duration::from_millis(2599));
+    in_time(&format!("{name}: at once"), starts[0] - begin, Duration::ZERO);
+    in_time(&format!("{name}: deliver-after"), starts[1] - begin, Duration::from_millis(1400));
+    // The header was rounded to the millisecond, after `begin`.
+    in_time(&format!("{name}: deliver-at"), starts[2] - begin, Duration::from_millis(2599));
 }
 
 /// It is parked with what is wrong with it, and never handled.
@@ -141,13 +141,13 @@ async fn in_memory() {
             Message::builder(id.to_owned()).transport_id(id.to_owned()).header(header.to_owned(), value);
         broker.send("delays", message).unwrap();
     };
-    let sent = Instant::now();
+    let begin = Instant::now();
     send("later", DELIVER_AFTER, "0.8".to_owned());
     send("never", DELIVER_AFTER, "soon".to_owned());
     let stop = broker.clone();
     let until_empty = async move { stop.drained("delays").await.unwrap() };
     Consumer::new(broker.clone()).queue(queue).run_until(until_empty).await.unwrap();
-    in_time("memory", line.starts()[0] - sent, Duration::from_millis(800));
+    in_time("memory", line.starts()[0] - begin, Duration::from_millis(800));
     assert_eq!(line.attempts(), [1]);
     let letters = broker.messages("delays.dead").unwrap();
     let record = guestlist::broker::copy::DeadLetter::read(&letters[0]).unwrap();
@@ -228,11 +228,11 @@ mod amqp {
         stranger.declare(&format!("{name}.hold.2000ms"), "classic").await;
         let line = Timeline::default();
         let running = Running::start(&url(), queue.handler(line.failing(0)), &name).await;
-        let sent = Instant::now();
+        let begin = Instant::now();
         send(&stranger, &name, &[(DELIVER_AFTER, "2s".to_owned())]).await;
         running.until("it is handled", |queue| queue.handled == 1).await;
         running.stop().await;
-        in_time("by the shortest step", line.starts()[0] - sent, Duration::from_secs(2));
+        in_time("by the shortest step", line.starts()[0] - begin, Duration::from_secs(2));
         assert_eq!(stranger.ready(&format!("{name}.hold.2000ms")).await, 0);
     }
 

@@ -88,8 +88,12 @@ stores! {
         (format!("file:{}", folder.0.display()), Some(folder))
     };
     redis if "redis" at (env("GUESTLIST_REDIS_URL"), None);
-    postgres if "postgres" at (env("GUESTLIST_POSTGRES_URL"), None);
-    nats if "nats" at (format!("{}/url", env("GUESTLIST_NATS_URL")), None);
+    postgres if "postgres" at {
+        let url = format!("{}?schema=url_{:?}", env("GUESTLIST_POSTGRES_URL"), Token::random());
+        guestlist::dedup::PostgresStore::builder(&url).unwrap().migrate().await.unwrap();
+        (url, None)
+    };
+    nats if "nats" at (format!("{}/url-{:?}", env("GUESTLIST_NATS_URL"), Token::random()), None);
 }
 
 /// The near cache over Redis: each handle a process with a cache of its own.

@@ -235,16 +235,16 @@ async fn beat(inner: Weak<Inner>, every: Duration) {
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut blind = false;
     loop {
-        let loss = match inner.upgrade() {
+        let breaking = match inner.upgrade() {
             Some(inner) => inner.loss().await,
             None => return,
         };
-        let lost = tokio::select! {
+        let broke = tokio::select! {
             _ = beats.tick() => false,
-            () = loss => true,
+            () = breaking => true,
         };
         let Some(inner) = inner.upgrade() else { return };
-        if lost {
+        if broke {
             inner.sightings().lose_sight();
         }
         let looked = inner.look().await;

@@ -44,9 +44,13 @@ pub(super) struct Settings {
     pub(super) observe_every: Duration,
 }
 
+/// What a new bucket remembers for, unless told otherwise: an hour and five minutes, since an id that is not done
+/// stays on record for an hour longer than its longest backoff. A queue of all defaults must fit.
+const REMEMBERS: Duration = Duration::from_secs(defaults::WINDOW.as_secs() + defaults::BACKOFF_CAP.as_secs());
+
 impl Settings {
     pub(super) fn window_or_default(&self) -> Duration {
-        self.window.unwrap_or(defaults::WINDOW)
+        self.window.unwrap_or(REMEMBERS)
     }
 }
 
@@ -64,10 +68,11 @@ impl NatsKvOptions {
         self
     }
 
-    /// How long the bucket remembers: its `max_age`, and the longest window that a queue on it may have.
+    /// How long the bucket remembers: its `max_age`, and the longest window that a queue on it may have. It
+    /// must be an hour longer than the queue's longest backoff, too: for so long attempts are kept.
     ///
-    /// If it is not given, a bucket that is there keeps its own, and a new one has [`defaults::WINDOW`]. A
-    /// bucket that is there with another window is refused.
+    /// If it is not given, a bucket that is there keeps its own, and a new one has an hour and five minutes:
+    /// [`defaults::WINDOW`] and [`defaults::BACKOFF_CAP`]. A bucket that is there with another window is refused.
     pub fn window(mut self, window: Duration) -> Self {
         self.settings.window = Some(window);
         self

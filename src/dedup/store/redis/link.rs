@@ -10,6 +10,7 @@ use std::time::Duration;
 use redis::aio::{ConnectionLike, MultiplexedConnection};
 use redis::cluster_async::ClusterConnection;
 use redis::{Cmd, ErrorKind, RedisError, ServerErrorKind, Value};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -46,6 +47,8 @@ pub(super) struct Link(Arc<Inner>);
 struct Inner {
     target: Target,
     state: watch::Sender<State>,
+    /// Where to connect again if a call is dropped outside of any runtime.
+    runtime: Handle,
 }
 
 enum State {
@@ -70,7 +73,7 @@ impl Link {
         let connection = target.open().await?;
         let live = Live { connection, number: 0, since: Instant::now(), failures: 0 };
         let (state, _) = watch::channel(State::Up(live));
-        Ok(Self(Arc::new(Inner { target, state })))
+        Ok(Self(Arc::new(Inner { target, state, runtime: Handle::current() })))
     }
 
     pub(super) fn target(&self) -> &Target {
@@ -137,7 +140,8 @@ impl Link {
         });
         if let Some(lost) = lost {
             tracing::warn!(target: "guestlist", redis = %self.0.target, error = %why, "the connection to Redis is lost, connecting again");
-            tokio::spawn(reconnect(Arc::downgrade(&self.0), lost));
+            let runtime = Handle::try_current().unwrap_or_else(|_| self.0.runtime.clone());
+            runtime.spawn(reconnect(Arc::downgrade(&self.0), lost));
         }
     }
 }

@@ -34,7 +34,7 @@ use crate::{DedupKey, defaults};
 /// 3. Redis must not evict: give it `maxmemory-policy noeviction`. Another policy is warned about when connecting.
 /// 4. It connects again by itself, and asks Sentinel for the master of now.
 ///
-/// The page `docs/stores/redis.md` has the settings, the permissions and what a failover can do.
+/// The [page on Redis](crate::_docs::redis) has the settings, the permissions and what a failover can do.
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), guestlist::dedup::StoreError> {
@@ -219,8 +219,10 @@ fn advice(error: &RedisError) -> &'static str {
     if says_read_only(error) {
         return "it is a read-only replica; connect to the master, by Sentinel if there is one";
     }
-    // A command inside a script is refused in other words.
-    let forbidden = error.detail().is_some_and(|detail| detail.contains("The user executing the script"));
+    // A command inside a script is refused in other words: Redis', Valkey's.
+    let words = ["The user executing the script", "ACL failure in script"];
+    let forbidden =
+        error.detail().is_some_and(|detail| words.into_iter().any(|words| detail.contains(words)));
     match (error.kind(), error.code()) {
         (ErrorKind::Server(ServerErrorKind::BusyLoading), _) => "it is loading its data",
         _ if forbidden => RIGHTS,
@@ -295,6 +297,7 @@ impl DedupStore for RedisStore {
     }
 
     async fn forget(&self, key: &DedupKey) -> Result<bool, StoreError> {
+        // Asked again after a lost answer it says that there was nothing.
         let what = "forget";
         match self.run(what, &script::FORGET, key, &[]).await? {
             Value::Int(code) => Ok(code == 1),

@@ -201,6 +201,26 @@ async fn a_connection_into_the_void_is_replaced_also_for_impatient_callers() {
     assert!(matches!(replaced, Ok(Ok(Claim::Done { .. }))), "{replaced:?}");
 }
 
+#[test]
+fn a_call_may_be_dropped_outside_of_any_runtime() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (server, proxy, store) = runtime.block_on(async {
+        let server = Server::start("").await;
+        let proxy = Proxy::to(server.port).await;
+        let store = RedisStore::connect(&proxy.url()).await.unwrap();
+        (server, proxy, store)
+    });
+    proxy.swallow_what_is_connected();
+    let (key, ask) = (key(1), ask(1));
+    let mut call = store.claim(&key, &ask);
+    let unanswered = runtime.block_on(async { timeout(Duration::from_millis(300), &mut call).await });
+    assert!(unanswered.is_err());
+    drop(call);
+    let claim = runtime.block_on(store.claim(&key, &ask)).unwrap();
+    assert!(matches!(claim, Claim::Acquired { .. }), "{claim:?}");
+    drop((server, proxy));
+}
+
 #[tokio::test]
 async fn a_dropped_call_harms_nobody() {
     let store = own_store().await;

@@ -276,5 +276,5 @@ async fn the_scripts_do_what_the_machine_does() {
     // The walk is worth something only if it gets about.
     assert!(tally.acquired > STEPS / 10, "{} acquired, seed {seed}", tally.acquired);
     assert!(tally.past_its_time > STEPS / 100, "{} past their time, seed {seed}", tally.past_its_time);
-    assert!(tally.undecided < STEPS / 10, "{} undecided, seed {seed}", tally.undecided);
+    assert!(tally.undecided < STEPS / 2, "{} undecided, seed {seed}", tally.undecided);
 }
