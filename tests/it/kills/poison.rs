@@ -15,7 +15,7 @@ use super::{Folder, PATIENCE, env, unique};
 const GOOD: usize = 100;
 const ATTEMPTS: u32 = 4;
 
-async fn a_poison_is_parked(what: &str, broker: String, store: impl Fn(&Folder) -> String) {
+async fn a_poison_is_parked(what: &str, broker: String, store: fn(&Folder) -> String, checker: Checker) {
     let folder = Folder::new();
     let (store, path) = (store(&folder), folder.0.clone());
     let job = Job { broker, queue: unique("poison"), store, inbox: None, attempts: ATTEMPTS, folder: path };
@@ -33,7 +33,7 @@ async fn a_poison_is_parked(what: &str, broker: String, store: impl Fn(&Folder) 
     assert_eq!(deaths, ATTEMPTS as usize, "{what}: it died once for each attempt");
     assert_eq!(crew.broker.left(&dead(&crew.job.queue)).await, 1, "{what}: the poison, and nothing else");
     assert_eq!(suspected(&crew), 1, "{what}");
-    crew.judge(what, Checker::new(), &good);
+    crew.judge(what, checker, &good);
     crew.broker.delete(&crew.job.queue).await;
 }
 
@@ -68,20 +68,21 @@ fn redis(_: &Folder) -> String {
 
 #[tokio::test]
 async fn f26_a_poison_on_rabbitmq_is_parked_with_the_durable_store() {
-    a_poison_is_parked("RabbitMQ, durable", amqp_url(), durable).await;
+    a_poison_is_parked("RabbitMQ, durable", amqp_url(), durable, Checker::new().store_of_one_process()).await;
 }
 
 #[tokio::test]
 async fn f26_a_poison_on_rabbitmq_is_parked_with_redis() {
-    a_poison_is_parked("RabbitMQ, Redis", amqp_url(), redis).await;
+    a_poison_is_parked("RabbitMQ, Redis", amqp_url(), redis, Checker::new()).await;
 }
 
 #[tokio::test]
 async fn f26_a_poison_on_jetstream_is_parked_with_the_durable_store() {
-    a_poison_is_parked("JetStream, durable", nats_url(), durable).await;
+    a_poison_is_parked("JetStream, durable", nats_url(), durable, Checker::new().store_of_one_process())
+        .await;
 }
 
 #[tokio::test]
 async fn f26_a_poison_on_jetstream_is_parked_with_redis() {
-    a_poison_is_parked("JetStream, Redis", nats_url(), redis).await;
+    a_poison_is_parked("JetStream, Redis", nats_url(), redis, Checker::new()).await;
 }

@@ -27,8 +27,9 @@ fn redis() -> String {
     format!("{}?prefix={}:", env("GUESTLIST_REDIS_URL"), unique("kills"))
 }
 
+/// Its bucket keeps records for longer than the queue asks.
 fn nats_kv() -> String {
-    format!("{}/{}", nats_url(), unique("kills"))
+    format!("{}/{}?window=2h", nats_url(), unique("kills"))
 }
 
 /// A schema that is gone in the end.
