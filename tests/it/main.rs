@@ -16,6 +16,15 @@ mod faults;
 mod handlers;
 #[cfg(feature = "testing")]
 mod invariants;
+#[cfg(all(
+    feature = "amqp",
+    feature = "nats",
+    feature = "redis",
+    feature = "postgres",
+    feature = "durable",
+    feature = "testing"
+))]
+mod kills;
 #[cfg(feature = "testing")]
 mod memory_broker;
 #[cfg(feature = "testing")]

@@ -48,11 +48,21 @@ impl Judge<'_> {
         let held_until = self.surely_held_until(last, next, series);
         let claimed = self.story.time(next.begun);
         let overlap = claimed.saturating_add(self.slack()) < held_until;
-        if overlap && last.completed.is_none() && self.lost_between(key, last, next).is_none() {
+        if overlap
+            && last.completed.is_none()
+            && !self.died_before(last, next)
+            && self.lost_between(key, last, next).is_none()
+        {
             let what =
                 format!("claimed {} before the lease of its holder ended", seconds(held_until - claimed));
             self.broken(Invariant::OneAtATime, Some(key), what, &[last.begun, last.active, next.begun]);
         }
+    }
+
+    /// The holder's claim ended with its process, where the store did.
+    fn died_before(&self, last: &Run, next: &Run) -> bool {
+        let death = self.story.death(last.active, self.slack()).filter(|_| self.settings.own_store);
+        death.is_some_and(|death| self.story.may_precede(death, next.begun, self.slack()))
     }
 
     /// Up to when the holder had the claim, whatever the clocks of others say: to the end of its lease in its

@@ -93,6 +93,7 @@ pub struct Checker {
     pauses: bool,
     compare_bodies: bool,
     inbox: bool,
+    own_store: bool,
     whole: bool,
     slack: Duration,
     returns: usize,
@@ -122,6 +123,7 @@ impl Checker {
             pauses: true,
             compare_bodies: true,
             inbox: false,
+            own_store: false,
             whole: true,
             slack: Self::SLACK,
             returns: Self::RETURNS,
@@ -165,6 +167,13 @@ impl Checker {
     #[must_use]
     pub const fn inbox(self) -> Self {
         Self { inbox: true, ..self }
+    }
+
+    /// The store is one process's own, as `DurableStore` is: a claim ends with its process, however much of its lease
+    /// is left.
+    #[must_use]
+    pub const fn store_of_one_process(self) -> Self {
+        Self { own_store: true, ..self }
     }
 
     /// The log begins in the middle: ids may have been handled, and claimed, before it.

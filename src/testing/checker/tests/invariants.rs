@@ -65,6 +65,23 @@ fn taken_over_after(micros: u64) -> Tape {
 }
 
 #[test]
+fn i2_a_claim_in_a_store_of_one_process_ends_with_its_process() {
+    let tape = |kills: bool| {
+        let mut tape = Tape::new();
+        tape.arrives("a", 1).claims(Before::First, 1, 1).says(EventKind::Started).after(SECOND);
+        if kills {
+            tape.mark("a", Marker::ProcessStarted);
+        }
+        tape.arrives("a", 2).handles(Before::Vanished, 2, 2);
+        tape
+    };
+    let own = Checker::new().one_clock().store_of_one_process();
+    tape(true).clean_as(own);
+    assert_eq!(tape(true).broken(), ["I2"], "a shared store waits for the lease");
+    assert_eq!(tape(false).broken_as(own), ["I2"], "its process lives");
+}
+
+#[test]
 fn i2_a_lease_that_ran_out_may_be_taken() {
     taken_over_after(LEASE).clean();
 }

@@ -1,0 +1,102 @@
+//! A store's server of a test's own, that stops and starts.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use guestlist::dedup::{PostgresStore, RedisStore};
+use sqlx::{Connection, PgConnection};
+
+use super::{Folder, env, until};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Redis,
+    Postgres,
+}
+
+pub(super) struct Server {
+    kind: Kind,
+    port: String,
+    folder: Folder,
+    process: Child,
+}
+
+impl Server {
+    /// Ready for a store.
+    pub(super) async fn start(kind: Kind) -> Self {
+        let (port, folder) = (free_port(), Folder::new());
+        let process = spawn(kind, &port, &folder.0);
+        let server = Self { kind, port, folder, process };
+        until("the private server answers", || server.answers()).await;
+        if kind == Kind::Postgres {
+            PostgresStore::builder(&server.url()).unwrap().migrate().await.unwrap();
+        }
+        server
+    }
+
+    pub(super) fn url(&self) -> String {
+        match self.kind {
+            Kind::Redis => format!("redis://127.0.0.1:{}", self.port),
+            Kind::Postgres => format!("postgres://postgres@127.0.0.1:{}/postgres", self.port),
+        }
+    }
+
+    async fn answers(&self) -> bool {
+        match self.kind {
+            Kind::Redis => RedisStore::connect(&self.url()).await.is_ok(),
+            Kind::Postgres => PgConnection::connect(&self.url()).await.is_ok(),
+        }
+    }
+
+    /// SIGKILL: nothing is written that was not.
+    pub(super) fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
+    /// Waits until it answers somebody.
+    pub(super) async fn start_again(&mut self) {
+        self.process = spawn(self.kind, &self.port, &self.folder.0);
+        until("the private server answers again", || self.answers()).await;
+    }
+
+    /// FLUSHALL, or TRUNCATE.
+    pub(super) async fn lose_everything(&self) {
+        match self.kind {
+            Kind::Redis => {
+                let client = redis::Client::open(self.url()).unwrap();
+                let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+                redis::cmd("FLUSHALL").exec_async(&mut connection).await.unwrap();
+            }
+            Kind::Postgres => {
+                let mut connection = PgConnection::connect(&self.url()).await.unwrap();
+                sqlx::raw_sql("truncate guestlist.claims").execute(&mut connection).await.unwrap();
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn free_port() -> String {
+    let scripts = env("GUESTLIST_SCRIPTS");
+    let port = Command::new(format!("{scripts}/brokers")).arg("port").output().unwrap();
+    String::from_utf8(port.stdout).unwrap().trim().to_owned()
+}
+
+fn spawn(kind: Kind, port: &str, folder: &Path) -> Child {
+    let kind = if kind == Kind::Redis { "redis" } else { "postgres" };
+    Command::new(format!("{}/stores", env("GUESTLIST_SCRIPTS")))
+        .args(["run", kind, &env("GUESTLIST_STORES"), port])
+        .arg(folder)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
