@@ -65,7 +65,9 @@ impl Crew {
         let died: Vec<usize> = (0..self.members.len())
             .filter(|member| self.members[*member].1.try_wait().unwrap().is_some())
             .collect();
-        died.iter().for_each(|member| self.bury(*member));
+        for member in &died {
+            self.bury(*member);
+        }
         died.len()
     }
 

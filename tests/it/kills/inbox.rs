@@ -43,8 +43,8 @@ async fn charged_exactly_once(what: &str, broker: String) {
     crew.none_is_dead().await;
     for row in sql(&format!("select name, charged from {schema}.accounts")).await {
         let (account, charged): (String, i64) = (row.get(0), row.get(1));
-        let charges = ids.iter().filter(|id| id.ends_with(&account)).count();
-        assert_eq!(usize::try_from(charged), Ok(charges), "{what}: account {account}");
+        let asked = ids.iter().filter(|id| id.ends_with(&account)).count();
+        assert_eq!(usize::try_from(charged), Ok(asked), "{what}: account {account}");
     }
     crew.judge(what, Checker::new().inbox(), &ids);
     crew.broker.delete(&crew.job.queue).await;

@@ -119,7 +119,7 @@ fn load(broker: MemoryBroker, stop: CancellationToken) -> JoinHandle<Vec<String>
         while !stop.is_cancelled() {
             ticks.tick().await;
             let id = format!("order-{}", ids.len());
-            for _ in 0..1 + usize::from(ids.len() % 5 == 0) {
+            for _ in 0..=usize::from(ids.len() % 5 == 0) {
                 send(&broker, &id);
             }
             ids.push(id);
@@ -175,11 +175,15 @@ async fn a_store_that_loses_everything_suppresses_nothing(kind: Kind) {
     let server = Server::start(kind).await;
     let shop = Shop::open(&server);
     let ids: Vec<String> = (0..400).map(|number| format!("order-{number}")).collect();
-    ids.iter().for_each(|id| send(&shop.broker, id));
+    for id in &ids {
+        send(&shop.broker, id);
+    }
     shop.until("it is in mid-run", |shop| shop.runs.count().1 >= 100).await;
     server.lose_everything().await;
     shop.log.mark("server", Marker::StoreLost(None));
-    ids.iter().for_each(|id| send(&shop.broker, id));
+    for id in &ids {
+        send(&shop.broker, id);
+    }
     let report = shop.close(&what, &ids).await;
     assert!(report.extra(Reason::RecordLost) >= 50, "{what}: what was done before ran again: {report}");
 }
