@@ -8,7 +8,9 @@ use crate::defaults;
 ///
 /// Any other delay is made of several, one hop after the other: the longest step that fits is taken, the message
 /// comes back, and what is left of the delay is taken up anew. The last hop is the shortest step, so a message is
-/// late by less than that.
+/// late by less than that. What is left is known to the id's record in the store, or, of a time that the sender asked for, to the
+/// copy. Of a message that is handled without a claim (it has no id, or the store is away and the queue goes on) nobody knows it:
+/// it comes back after the first hop.
 ///
 /// ```
 /// use guestlist::broker::HoldSteps;

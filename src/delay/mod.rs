@@ -9,7 +9,9 @@
 //! 1. A message whose time has not come is handed back to the broker with the rest of its delay. It is not claimed, no
 //!    attempt is spent, and no handler or slot is used.
 //! 2. It is never handled early, as far as the clocks agree. `deliver-at` is judged by this machine's wall clock
-//!    against the *sender's*: the one place where two machines' clocks are compared.
+//!    against the *sender's*, `deliver-after` against the clock of the server or consumer that saw the message first: the one place
+//!    where two machines' clocks are compared. In a [loop of your own](crate::broker) over lapin a redelivered message is taken
+//!    to have waited.
 //! 3. Under light load it is late by less than a second: on AMQP by less than the shortest
 //!    [hold step](crate::broker::HoldSteps), elsewhere by milliseconds.
 //! 4. From no delay up to 366 days. A time that is further away, or that cannot be read, makes a dead letter, cause

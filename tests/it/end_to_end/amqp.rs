@@ -271,7 +271,7 @@ async fn f8_a_broker_killed_and_started_again_loses_nothing_and_repeats_nothing_
 }
 
 #[tokio::test]
-async fn f8connections_closed_by_the_broker_lose_nothing_and_repeat_nothing_that_was_completed() {
+async fn f8_connections_closed_by_the_broker_lose_nothing_and_repeat_nothing_that_was_completed() {
     let broker = Private::start("rabbitmq").await;
     for kind in KINDS {
         let name = unique("closed");
@@ -279,7 +279,7 @@ async fn f8connections_closed_by_the_broker_lose_nothing_and_repeat_nothing_that
         // The stranger's own connection is closed as well: a new one for each message.
         let send = async |id: String| Stranger::at(&broker.url()).await.send(&name, &id).await;
         let harm = async || {
-            broker.control(&["close_allconnections", "maintenance"]).await;
+            broker.control(&["close_all_connections", "maintenance"]).await;
         };
         survives(&broker.url(), queue(&name), &name, send, harm).await;
         assert_eq!(Stranger::at(&broker.url()).await.ready(&name).await, 0);
