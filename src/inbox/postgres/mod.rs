@@ -137,7 +137,11 @@ impl Inbox for PostgresInbox {
     }
 
     async fn begin(&self, claim: InboxClaim) -> Result<Box<dyn InboxTransaction>, BoxError> {
-        let transaction = self.pool.begin_with(AssertSqlSafe(self.begin_statement(&claim))).await?;
+        let (pool, statement) = (self.pool.clone(), AssertSqlSafe(self.begin_statement(&claim)));
+        // In a task, since `sqlx` does not undo a `BEGIN` that nobody waits for any more: the pool would hand out a
+        // connection in the middle of a transaction, and somebody else's writes would vanish with it.
+        let begun = tokio::spawn(async move { pool.begin_with(statement).await });
+        let transaction = begun.await??;
         let slot = Arc::new(Slot::new(transaction));
         Ok(Box::new(Open { slot, store: self.store.clone(), claim }))
     }

@@ -13,7 +13,8 @@ use crate::{Failure, FromMessage, Message};
 /// The transaction of this try, as an argument of the handler: committed when the handler returns `Ok`, after it has
 /// completed the claim; rolled back otherwise.
 ///
-/// It is used as a `sqlx` connection: `.execute(&mut *tx)`. Savepoints are allowed: `tx.begin()`. It must not leave the
+/// It is used as a `sqlx` connection: `.execute(&mut *tx)`. Savepoints are allowed: `tx.begin()`; each must be
+/// committed or dropped, never leaked by `mem::forget`, since `sqlx` would take its end for that of the transaction. It must not leave the
 /// handler (a task that keeps it makes the message a dead letter), and `COMMIT` or `ROLLBACK` must not be executed by hand:
 /// both are noticed, and the message is a dead letter then.
 ///

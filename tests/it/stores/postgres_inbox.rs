@@ -337,6 +337,26 @@ async fn a_lost_connection_at_any_statement_charges_once() {
     }
 }
 
+/// The pool is the application's: a transaction left open in one of its connections would take in what somebody else
+/// writes there.
+#[tokio::test]
+async fn a_begin_that_nobody_waits_for_any_more_leaves_no_transaction_in_the_pool() {
+    let bank = Bank::open().await;
+    bank.proxy.cut(At::Begin, Cut::Held);
+    bank.charge("ada").await;
+    let queue = bank.queue_of(bank.inbox.clone().idle_limit(600 * SECOND)).max_run(SECOND);
+    let process = bank.start(queue.handler(bank.handler(|_, _| Box::pin(async { Ok(()) }))));
+    bank.drained().await;
+    process.stop().await.unwrap();
+    assert!(bank.proxy.has_cut());
+    assert_eq!(bank.log.count(|kind| *kind == EventKind::Failed(Cause::MaxRun)), 1);
+    let open = "select count(*) from pg_stat_activity where application_name = '{s}' and state = 'idle in transaction'";
+    assert_eq!(bank.place.number(open).await, 1, "begun, and not yet answered");
+    bank.proxy.let_go();
+    until("it is rolled back", || async { bank.place.number(open).await == 0 }).await;
+    bank.all_charged_once().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sessions_killed_all_the_time_charge_once() {
     let bank = Bank::open().await;

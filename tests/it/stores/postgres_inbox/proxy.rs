@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 
 /// The statement at which it is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,23 +25,27 @@ pub(super) enum Cut {
     Unanswered,
     /// It never arrives, and the server does not notice: its session stays in the transaction.
     Stranded,
+    /// It is executed; its answer arrives when it is let go.
+    Held,
 }
 
 #[derive(Clone)]
 pub(super) struct Proxy {
     address: SocketAddr,
     next: Arc<Mutex<Option<(At, Cut)>>>,
+    held: Arc<Notify>,
 }
 
 impl Proxy {
     pub(super) async fn to(server: String) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let proxy = Self { address: listener.local_addr().unwrap(), next: Arc::default() };
-        let next = Arc::clone(&proxy.next);
+        let address = listener.local_addr().unwrap();
+        let proxy = Self { address, next: Arc::default(), held: Arc::default() };
+        let (next, held) = (Arc::clone(&proxy.next), Arc::clone(&proxy.held));
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let (server, next) = (TcpStream::connect(&server).await.unwrap(), Arc::clone(&next));
-                tokio::spawn(carry(client, server, next));
+                tokio::spawn(carry(client, server, next, Arc::clone(&held)));
             }
         });
         proxy
@@ -53,6 +58,11 @@ impl Proxy {
     /// Once, at the next such statement of any session.
     pub(super) fn cut(&self, at: At, how: Cut) {
         *self.next.lock().unwrap() = Some((at, how));
+    }
+
+    /// The answer that is held, now or later.
+    pub(super) fn let_go(&self) {
+        self.held.notify_one();
     }
 
     pub(super) fn has_cut(&self) -> bool {
@@ -72,7 +82,12 @@ fn statement(bytes: &[u8]) -> Option<At> {
     }
 }
 
-async fn carry(mut client: TcpStream, mut server: TcpStream, next: Arc<Mutex<Option<(At, Cut)>>>) {
+async fn carry(
+    mut client: TcpStream,
+    mut server: TcpStream,
+    next: Arc<Mutex<Option<(At, Cut)>>>,
+    held: Arc<Notify>,
+) {
     let (mut asked, mut answered) = (vec![0; 65_536], vec![0; 65_536]);
     loop {
         tokio::select! {
@@ -94,6 +109,10 @@ async fn carry(mut client: TcpStream, mut server: TcpStream, next: Arc<Mutex<Opt
                         // Until the server itself ends the session.
                         while matches!(server.read(&mut answered).await, Ok(1..)) {}
                         return;
+                    }
+                    Some((_, Cut::Held)) => {
+                        server.write_all(&asked[..length]).await.unwrap();
+                        held.notified().await;
                     }
                     None if server.write_all(&asked[..length]).await.is_err() => return,
                     None => {}
