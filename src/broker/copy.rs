@@ -61,13 +61,15 @@ pub struct Copy<'a> {
     message: &'a Message,
     id: String,
     attempt: u32,
+    generation: u32,
     story: Vec<(String, String)>,
 }
 
 impl<'a> Copy<'a> {
     /// A copy that goes to a hold queue and comes back, of a message that was tried.
     pub fn hold(message: &'a Message) -> Self {
-        Self { message, id: copy_id(message, "hold"), attempt: message.attempt(), story: Vec::new() }
+        let (id, attempt) = (copy_id(message, "hold"), message.attempt());
+        Self { message, id, attempt, generation: message.generation(), story: Vec::new() }
     }
 
     /// A copy that goes to a hold queue and comes back, of a message that was not tried: its
@@ -78,8 +80,15 @@ impl<'a> Copy<'a> {
 
     /// A copy for the dead letters, with its story.
     pub fn dead_letter(message: &'a Message, record: &DeadLetter) -> Self {
-        let attempt = message.attempt();
-        Self { message, id: copy_id(message, "dead"), attempt, story: record.headers() }
+        let (id, attempt) = (copy_id(message, "dead"), message.attempt());
+        Self { message, id, attempt, generation: message.generation(), story: record.headers() }
+    }
+
+    /// A copy of the letter of this id that is worked on again, from attempt 1, in this generation.
+    pub fn redrive(message: &'a Message, letter: &str, generation: u32) -> Self {
+        // By the letter: two letters of one message are two copies, one letter redriven twice is one.
+        let id = blake3::hash(format!("redrive {generation} {letter}").as_bytes()).to_hex()[..32].to_owned();
+        Self { message, id, attempt: 0, generation, story: Vec::new() }
     }
 
     /// What is copied.
@@ -102,8 +111,8 @@ impl<'a> Copy<'a> {
             put(ID, encode(cut(id)));
         }
         put(ATTEMPT, self.attempt.to_string());
-        if message.generation() > 0 {
-            put(GENERATION, message.generation().to_string());
+        if self.generation > 0 {
+            put(GENERATION, self.generation.to_string());
         }
         if let Some(due) = message.due().and_then(|due| due.duration_since(UNIX_EPOCH).ok()) {
             // Up: not even a millisecond early.

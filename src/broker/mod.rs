@@ -10,6 +10,7 @@ pub mod amqp;
 pub mod copy;
 mod error;
 mod hold;
+mod letters;
 pub mod memory;
 #[cfg(feature = "nats")]
 pub mod nats;
@@ -24,6 +25,7 @@ use async_trait::async_trait;
 pub use self::copy::Copy;
 pub use self::error::{BrokerError, BrokerErrorKind};
 pub use self::hold::HoldSteps;
+pub use self::letters::{Letter, Letters, Place};
 pub use self::spec::{AmqpOptions, Declare, Destination, NatsOptions, QueueKind, QueueSpec};
 pub use self::url::connect;
 use crate::Delivery;
@@ -73,6 +75,23 @@ pub trait Broker: Debug + Send + Sync + 'static {
     /// [`BrokerErrorKind::NotRouted`], [`BrokerErrorKind::TooLarge`] and `Refused` say that the
     /// copy is not there; any other kind that it may or may not be.
     async fn publish(&self, to: &Destination, copy: &Copy<'_>) -> Result<(), BrokerError>;
+
+    /// Where a copy goes that is to be worked on again: to this queue's consumers only, never to a place that others
+    /// read as well.
+    fn again(&self, queue: &QueueSpec) -> Destination {
+        Destination::new(queue.name.as_str())
+    }
+
+    /// Begins a walk over the letters at `at`.
+    ///
+    /// # Errors
+    ///
+    /// [`BrokerErrorKind::Refused`] if there is no such place, or this broker cannot show what it keeps. Other kinds:
+    /// the broker could not be asked.
+    async fn letters(&self, at: &Destination) -> Result<Box<dyn Letters>, BrokerError> {
+        let what = format!("{} cannot show the dead letters at `{}`", self.system(), at.name());
+        Err(BrokerError::new(BrokerErrorKind::Refused, what))
+    }
 
     /// Closes the connections.
     async fn close(&self);
