@@ -1,6 +1,7 @@
 //! The gate of a queue: closed while its store or its dead-letter destination is away.
 
 use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -26,6 +27,7 @@ pub(crate) struct Gate(Arc<Shared>);
 struct Shared {
     state: RwLock<State>,
     changed: Notify,
+    stuck: AtomicU64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -79,6 +81,15 @@ impl Gate {
             State { dead_letters_away: true, .. } => Some(Away::DeadLetters),
             _ => None,
         }
+    }
+
+    /// So many runs are past their end and have not returned. It closes nothing: the others go on.
+    pub(crate) fn set_stuck(&self, runs: u64) {
+        self.0.stuck.store(runs, Ordering::Relaxed);
+    }
+
+    pub(crate) fn stuck(&self) -> u64 {
+        self.0.stuck.load(Ordering::Relaxed)
     }
 
     /// Ends when the gate is open.

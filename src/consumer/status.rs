@@ -22,9 +22,9 @@ impl Status {
         self.lock().get(name).map(|counters| counters.snapshot(name))
     }
 
-    /// Whether every queue consumes.
+    /// Whether every queue consumes, and no handler is stuck.
     pub fn is_healthy(&self) -> bool {
-        self.queues().iter().all(|queue| queue.state == State::Running)
+        self.queues().iter().all(|queue| queue.state == State::Running && queue.stuck == 0)
     }
 
     /// Counters for a new queue; `None` if there is one of that name.
@@ -92,6 +92,10 @@ pub struct QueueStatus {
     pub unsettled: u64,
     /// Subscriptions that broke.
     pub rebuilds: u64,
+    /// Runs that are past `max_run` and have not returned, now, or up to a third of the lease ago: each blocks its thread,
+    /// which nobody can end, and keeps its place in the concurrency. If its id is suspect it keeps the suspect permit as well,
+    /// and all other suspect ids of this process wait.
+    pub stuck: u64,
 }
 
 #[derive(Debug, Default)]
@@ -165,6 +169,7 @@ impl Counters {
             failures: lock(&self.failures).clone(),
             unsettled: self.unsettled.load(Relaxed),
             rebuilds: self.rebuilds.load(Relaxed),
+            stuck: self.gate.get().map_or(0, Gate::stuck),
         }
     }
 }

@@ -26,6 +26,9 @@ use crate::{DedupKey, Message};
 /// How many renewals are on their way to a remote store at once.
 const RENEWALS_AT_ONCE: usize = 64;
 
+/// A run that is this far past `max_run` and has not returned blocks its thread: others are dropped at that time.
+const STUCK: Duration = Duration::from_secs(1);
+
 /// For how long a store that did not answer is taken to be away, in a queue that does not pause.
 const AWAY: Duration = Duration::from_secs(1);
 
@@ -365,7 +368,7 @@ impl Claims {
         if lease.ending() {
             return;
         }
-        if lease.overrun() {
+        if lease.overrun_by(Duration::ZERO) {
             // A run without end: its renewals stop, and the lease runs out.
             lease.message.forsake();
         } else {
@@ -416,6 +419,8 @@ async fn sweep(claims: Weak<Claims>, every: Duration) {
         beats.tick().await;
         let Some(claims) = claims.upgrade() else { return };
         let held: Vec<Arc<Lease>> = claims.table().values().cloned().collect();
+        let stuck = held.iter().filter(|lease| lease.overrun_by(STUCK)).count();
+        claims.gate.set_stuck(stuck as u64);
         claims.renew_all(held).await;
     }
 }
@@ -480,8 +485,8 @@ impl Lease {
         self.ending.load(Ordering::Acquire)
     }
 
-    fn overrun(&self) -> bool {
-        lock(&self.run_ends).is_some_and(|end| Instant::now() >= end)
+    fn overrun_by(&self, time: Duration) -> bool {
+        lock(&self.run_ends).is_some_and(|end| Instant::now() >= after(end, time))
     }
 
     fn extend(&self, ends: Instant) {

@@ -3,8 +3,8 @@
 //! A crash is a process that is killed at a chosen point: its deliveries are with the broker again, its claims
 //! stay in the store, and nothing that it still does arrives there.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use guestlist::broker::BrokerErrorKind;
@@ -485,6 +485,27 @@ async fn f15_a_blocking_handler_does_not_starve_the_renewals_of_other_threads() 
     one.stop().await.unwrap();
     other.stop().await.unwrap();
     lab.check();
+}
+
+/// In real time: nobody can end a handler that blocks its thread, so health says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn i9_a_handler_that_blocks_its_thread_past_max_run_is_reported() {
+    let lab = Lab::new();
+    let (unblock, blocked) = std::sync::mpsc::channel::<()>();
+    let blocked = Arc::new(Mutex::new(blocked));
+    let handler = lab.handler(move |_| {
+        let _ = blocked.lock().unwrap().recv();
+        async { Ok(()) }
+    });
+    let queue = lab.queue().lease(Duration::from_millis(400)).max_run(Duration::from_millis(100));
+    let process = lab.start(queue.handler(handler));
+    lab.send("order-1");
+    let reported = until("it is reported", || process.orders().stuck == 1 && !process.status.is_healthy());
+    tokio::time::timeout(MINUTE, reported).await.unwrap();
+    drop(unblock);
+    let returned = until("it has returned", || process.orders().stuck == 0 && process.status.is_healthy());
+    tokio::time::timeout(MINUTE, returned).await.unwrap();
+    process.stop().await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
