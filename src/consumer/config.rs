@@ -123,6 +123,16 @@ impl QueueConfig {
         }
     }
 
+    /// The longest that a message may stay away without its record being lost meanwhile; none: as long as it likes.
+    pub(crate) fn longest_delay(&self) -> Option<Duration> {
+        let keeps = match (&self.inbox, &self.store) {
+            (Some(inbox), _) => inbox.store().features().keeps,
+            (None, StoreChoice::Given(store)) => store.features().keeps,
+            (None, StoreChoice::Default | StoreChoice::At(_)) => None,
+        };
+        keeps.map(|keeps| keeps.saturating_sub(defaults::BACKOFF_KEPT))
+    }
+
     /// A store that cannot keep a record for as long as the queue needs would refuse every claim.
     fn check_store(&self, store: &dyn DedupStore) -> Result<(), ConfigError> {
         let needs = retain(self.dedup.window, self.backoff.cap());
