@@ -32,8 +32,8 @@ use tower::timeout::TimeoutLayer;
 use tower::util::option_layer;
 use tower_service::Service;
 
-use crate::broker::Broker;
-use crate::consumer::{ConfigError, QueueConfig};
+use crate::broker::{Broker, Facts};
+use crate::consumer::{ConfigError, QueueConfig, check};
 use crate::dead_letter::DeadLetterLayer;
 use crate::dedup::DedupLayer;
 use crate::delay::DelayLayer;
@@ -136,6 +136,7 @@ impl Pipeline {
         let config = queue.into_config();
         config.check()?;
         config.check_connected()?;
+        check::warn(&config.findings(None, &Facts::default()));
         Ok(Self::of(config, broker, Gate::default(), TaskTracker::new()))
     }
 
