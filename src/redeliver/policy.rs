@@ -91,11 +91,13 @@ mod tests {
         // Every other run defers, and every other one fails: two failures are the last attempt.
         let runs = Arc::new(std::sync::atomic::AtomicU32::new(0));
         let count = Arc::clone(&runs);
-        let handler =
-            async move |_: Message| match count.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 2 {
-                0 => Err(Failure::transient("no")),
-                _ => Err(Failure::defer(10 * DAY)),
+        let handler = move |_: Message| {
+            let failure = match count.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 2 {
+                0 => Failure::transient("no"),
+                _ => Failure::defer(10 * DAY),
             };
+            std::future::ready(Err(failure))
+        };
         let queue = Queue::new("q").dead_letter("q.dead").max_attempts(2).handler(handler);
         let parked = async {
             let _ = tokio::time::timeout(DAY * 100, broker.drained("q")).await;
