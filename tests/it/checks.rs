@@ -20,6 +20,9 @@ fn queue() -> Queue {
     Queue::new("orders").dead_letter("orders.dead").handler(async |_: Message| Ok(()))
 }
 
+/// What makes a queue unsafe, and what is said of it.
+type Unsafe = (fn(Queue) -> Queue, &'static [&'static str]);
+
 /// Starts, and stops at once.
 async fn start(queue: Queue) -> Result<(), Error> {
     Consumer::new(broker()).queue(queue).run_until(ready(())).await
@@ -27,7 +30,7 @@ async fn start(queue: Queue) -> Result<(), Error> {
 
 #[tokio::test]
 async fn what_is_refused_at_the_start_is_what_a_check_refuses() {
-    let unsafe_ones: [(fn(Queue) -> Queue, &[&str]); 4] = [
+    let unsafe_ones: [Unsafe; 4] = [
         (|queue| queue.max_attempts(0), &["max_attempts is 0", "at least 1"]),
         (|queue| queue.window(Duration::from_secs(29)), &["window of 29s", "lease of 30s"]),
         (|queue| queue.concurrency(4).prefetch(3), &["concurrency 4", "prefetch 3"]),
