@@ -67,8 +67,11 @@
 //! |---|---|---|---|
 //! | consuming | | | the queue |
 //! | delays | `<queue>.hold.*` | `amq.default` | `<queue>.hold.*` |
-//! | dead letters | | `amq.default` | |
+//! | dead letters | | `amq.default`, the dead-letter queue | |
 //! | [`Declare::Create`](crate::broker::Declare::Create) | the queue, the dead-letter queue | | |
+//!
+//! Since 4.2.6 RabbitMQ says whether a queue is there only to a user with some permission on it: that is what the one on the
+//! dead-letter queue is for, any will do. Versions 4.2.6 and 4.3.0 themselves want configure, on the source as well.
 //!
 //! A user without the permission to configure the hold queue can have it declared beforehand:
 //! durable, with the arguments `x-queue-type: quorum`, `x-message-ttl` (the step in milliseconds),

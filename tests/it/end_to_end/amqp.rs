@@ -373,7 +373,7 @@ impl Permissions {
         let (queue, hold) = (queue.replace('.', "\\."), format!("{}\\.hold\\..*", queue.replace('.', "\\.")));
         Self {
             configure: format!("^{hold}$"),
-            write: "^amq\\.default$".to_owned(),
+            write: format!("^(amq\\.default|{queue}\\.dead)$"),
             read: format!("^({queue}|{hold})$"),
         }
     }
@@ -404,6 +404,7 @@ async fn a_user_with_the_permissions_in_the_docs_consumes_retries_and_dead_lette
 
     let queue =
         || Queue::new(&name).dead_letter(format!("{name}.dead")).hold_steps([Duration::from_millis(300)]);
+    starts(&locked, queue()).await.expect("what is there may be used");
     let twice = async |message: Message| -> Result<(), Failure> {
         Err(if message.attempt() == 1 { Failure::transient("again") } else { Failure::permanent("no") })
     };
