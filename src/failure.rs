@@ -158,9 +158,10 @@ impl Failure {
         Self::new(FailureClass::Permanent, Cause::Permanent, error)
     }
 
-    /// Not now: again after `after`; no attempt is spent. A delay longer than the queue's window (or than its longest backoff and an
-    /// hour, if that is more) makes the store forget the attempts that were counted before. Without a `max_age` on the queue, a
-    /// handler that always defers goes on for ever.
+    /// Not now: again after `after`; no attempt is spent, and those counted before stay counted, however long it is: the
+    /// record is kept from the end of the delay. Only a NATS bucket limits it: what is deferred for longer than the bucket keeps
+    /// records, less an hour, comes early, to be deferred again. Without a `max_age` on the queue, a handler that always
+    /// defers goes on for ever.
     pub fn defer(after: Duration) -> Self {
         Self::new(FailureClass::Deferred(after), Cause::Deferred, "deferred by the handler")
     }

@@ -75,7 +75,9 @@ pub mod trace;
 pub use tokio_util::sync::CancellationToken;
 
 pub use self::backoff::Backoff;
-pub use self::consumer::{ConfigError, Consumer, Queue, QueueStatus, State, Status, disposition};
+pub use self::consumer::{
+    ConfigError, Consumer, Finding, Queue, QueueStatus, Severity, State, Status, disposition,
+};
 pub use self::dedup::Fence;
 pub use self::delivery::{AckHandle, Acker, BoxFuture, Delivery, Settle, Settling};
 pub use self::disposition::{Disposition, Outcome};

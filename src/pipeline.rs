@@ -32,10 +32,10 @@ use tower::timeout::TimeoutLayer;
 use tower::util::option_layer;
 use tower_service::Service;
 
-use crate::broker::Broker;
-use crate::consumer::{ConfigError, QueueConfig};
+use crate::broker::{Broker, Facts};
+use crate::consumer::{ConfigError, QueueConfig, check};
 use crate::dead_letter::DeadLetterLayer;
-use crate::dedup::{self, DedupLayer};
+use crate::dedup::DedupLayer;
 use crate::delay::DelayLayer;
 use crate::events::Events;
 use crate::handler::{Arguments, Handled, Handler, HandlerService, Needs};
@@ -136,6 +136,7 @@ impl Pipeline {
         let config = queue.into_config();
         config.check()?;
         config.check_connected()?;
+        check::warn(&config.findings(None, &Facts::default()));
         Ok(Self::of(config, broker, Gate::default(), TaskTracker::new()))
     }
 
@@ -205,8 +206,8 @@ fn dead_letter(
 
 fn redeliver(config: &QueueConfig, broker: &dyn Broker) -> RedeliverLayer {
     let steps = broker.hold_steps(&config.spec).cloned();
-    let kept = dedup::retain(config.dedup.window, config.backoff.cap());
-    let layer = RedeliverLayer::new().with_backoff(config.backoff).with_longest(kept / 2).with_steps(steps);
+    let longest = config.longest_delay();
+    let layer = RedeliverLayer::new().with_backoff(config.backoff).with_longest(longest).with_steps(steps);
     match config.retry_policy.clone() {
         Some(policy) => layer.with_policy(move |failure, attempt| policy(failure, attempt)),
         None => layer,

@@ -9,6 +9,7 @@
 pub mod amqp;
 pub mod copy;
 mod error;
+mod facts;
 mod hold;
 mod letters;
 pub mod memory;
@@ -24,6 +25,7 @@ use async_trait::async_trait;
 
 pub use self::copy::Copy;
 pub use self::error::{BrokerError, BrokerErrorKind};
+pub use self::facts::{Facts, Kept};
 pub use self::hold::HoldSteps;
 pub use self::letters::{Letter, Letters, Place};
 pub use self::spec::{AmqpOptions, Declare, Destination, NatsOptions, QueueKind, QueueSpec};
@@ -59,6 +61,17 @@ pub trait Broker: Debug + Send + Sync + 'static {
     /// [`BrokerErrorKind::Refused`] if something is missing or different, naming it and the fix:
     /// trying again does not help. Other kinds: the broker could not be asked.
     async fn prepare(&self, queue: &QueueSpec) -> Result<(), BrokerError>;
+
+    /// What it says of itself that a queue's settings have to go with. Asks only, and makes nothing; what is not there is
+    /// `None`. By default, nothing is known.
+    ///
+    /// # Errors
+    ///
+    /// As for [`prepare`](Self::prepare).
+    async fn facts(&self, queue: &QueueSpec) -> Result<Facts, BrokerError> {
+        let _ = queue;
+        Ok(Facts::default())
+    }
 
     /// Begins to consume.
     ///

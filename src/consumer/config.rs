@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::broker::{HoldSteps, QueueSpec};
+use super::check::{self, Finding, Settings, Severity};
+use crate::broker::{Facts, HoldSteps, QueueSpec};
 use crate::dedup::{DedupLayer, DedupStore, MemoryStore, SharedStore, StorePolicy, retain};
 use crate::handler::Needs;
 use crate::inbox::Inbox;
@@ -54,6 +55,8 @@ pub(crate) struct DedupConfig {
     pub(crate) window: Duration,
     pub(crate) max_run: Duration,
     pub(crate) max_attempts: u32,
+    pub(crate) max_age: Option<Duration>,
+    pub(crate) wait: Option<Duration>,
     pub(crate) missing_id: MissingId,
     pub(crate) store_policy: StorePolicy,
     changes: Arc<dyn Fn(DedupLayer) -> DedupLayer + Send + Sync>,
@@ -73,6 +76,8 @@ impl DedupConfig {
             .with_max_attempts(self.max_attempts)
             .with_missing_id(self.missing_id)
             .with_store_policy(self.store_policy);
+        let layer = self.max_age.into_iter().fold(layer, DedupLayer::with_max_age);
+        let layer = self.wait.into_iter().fold(layer, DedupLayer::with_wait);
         (self.changes)(layer)
     }
 }
@@ -84,6 +89,8 @@ impl Default for DedupConfig {
             window: defaults::WINDOW,
             max_run: defaults::MAX_RUN,
             max_attempts: defaults::MAX_ATTEMPTS,
+            max_age: None,
+            wait: None,
             missing_id: MissingId::default(),
             store_policy: StorePolicy::default(),
             changes: Arc::new(|layer| layer),
@@ -123,6 +130,16 @@ impl QueueConfig {
         }
     }
 
+    /// The longest that a message may stay away without its record being lost meanwhile; none: as long as it likes.
+    pub(crate) fn longest_delay(&self) -> Option<Duration> {
+        let keeps = match (&self.inbox, &self.store) {
+            (Some(inbox), _) => inbox.store().features().keeps,
+            (None, StoreChoice::Given(store)) => store.features().keeps,
+            (None, StoreChoice::Default | StoreChoice::At(_)) => None,
+        };
+        keeps.map(|keeps| keeps.saturating_sub(defaults::BACKOFF_KEPT))
+    }
+
     /// A store that cannot keep a record for as long as the queue needs would refuse every claim.
     fn check_store(&self, store: &dyn DedupStore) -> Result<(), ConfigError> {
         let needs = retain(self.dedup.window, self.backoff.cap());
@@ -138,12 +155,19 @@ impl QueueConfig {
     pub(crate) fn check_connected(&self) -> Result<(), ConfigError> {
         match &self.store {
             StoreChoice::At(_) => Err(ConfigError::StoreUrl { queue: self.spec.name.clone() }),
-            StoreChoice::Given(store) => self.check_store(&**store),
-            StoreChoice::Default => Ok(()),
+            StoreChoice::Given(_) | StoreChoice::Default => self.check_given(),
         }
     }
 
-    /// Refuses what is unsafe, and warns of what is risky.
+    /// The store that was given, before a consumer connects to others.
+    pub(crate) fn check_given(&self) -> Result<(), ConfigError> {
+        match &self.store {
+            StoreChoice::Given(store) => self.check_store(&**store),
+            StoreChoice::Default | StoreChoice::At(_) => Ok(()),
+        }
+    }
+
+    /// Refuses what is unsafe, as far as the settings alone show it.
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
         let queue = || self.spec.name.clone();
         if self.spec.name.is_empty() {
@@ -169,8 +193,22 @@ impl QueueConfig {
         if self.inbox.is_some() {
             self.check_inbox()?;
         }
-        self.warn();
-        Ok(())
+        self.refuse(&self.findings(None, &Facts::default()))
+    }
+
+    /// What its settings are, beside each other and beside what the broker says of itself.
+    pub(crate) fn findings(&self, drain: Option<Duration>, facts: &Facts) -> Vec<Finding> {
+        check::findings(&self.spec.name, &Settings::of(self, drain), facts)
+    }
+
+    /// Refuses what is unsafe among these.
+    pub(crate) fn refuse(&self, findings: &[Finding]) -> Result<(), ConfigError> {
+        let unsafe_ones = findings.iter().filter(|finding| finding.severity == Severity::Refuse);
+        let what: Vec<&str> = unsafe_ones.map(|finding| finding.message.as_str()).collect();
+        if what.is_empty() {
+            return Ok(());
+        }
+        Err(ConfigError::Unsafe { queue: self.spec.name.clone(), what: what.join("; ") })
     }
 
     /// Exact delays between attempts are steps of their own, so that each takes one hop; delays that are drawn at
@@ -181,18 +219,6 @@ impl QueueConfig {
             let delays: Vec<_> =
                 delays.filter(|delay| HoldSteps::new([*delay]).impossible().is_none()).collect();
             self.spec.holds = self.spec.holds.and(delays);
-        }
-    }
-
-    fn warn(&self) {
-        if self.dedup.max_attempts < 3 {
-            tracing::warn!(
-                target: "guestlist", queue = self.spec.name, max_attempts = self.dedup.max_attempts,
-                "with fewer than 3 attempts, a message that kills its process can take a good neighbour's last one"
-            );
-        }
-        if self.timeout.is_some_and(|timeout| timeout > self.dedup.max_run) {
-            tracing::warn!(target: "guestlist", queue = self.spec.name, "the timeout is longer than max_run, which ends the handler first");
         }
     }
 
@@ -283,6 +309,14 @@ pub enum ConfigError {
         concurrency: usize,
         /// Its prefetch.
         prefetch: u16,
+    },
+    /// Settings, or a setting and what the broker says of itself, under which a promise would not hold.
+    #[error("queue `{queue}`: {what}")]
+    Unsafe {
+        /// The queue.
+        queue: String,
+        /// What it is: both numbers, the setting and the fix.
+        what: String,
     },
     /// An id would be forgotten while it is still being worked on.
     #[error(

@@ -3,6 +3,7 @@
 //! One delivery, from broker to ack: [`session`] receives it, waits for the stack to be ready and
 //! calls it in a task; [`settle`] releases the claim as planned, tells the broker, and counts.
 
+pub(crate) mod check;
 mod config;
 mod heartbeat;
 mod queue;
@@ -17,6 +18,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+pub use self::check::{Finding, Severity};
 pub use self::config::ConfigError;
 pub(crate) use self::config::QueueConfig;
 use self::config::StoreChoice;
@@ -116,6 +118,24 @@ impl Consumer {
     /// Counters and health, readable at any time and after the end.
     pub fn status(&self) -> Status {
         self.status.clone()
+    }
+
+    /// What is unsafe or risky about its queues' settings, alone and with what the broker says of itself. Asks only:
+    /// nothing is made, no store is connected to. See [`Finding`] for an example.
+    ///
+    /// # Errors
+    ///
+    /// The broker could not be asked.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: it changes nothing.
+    pub async fn check(&self) -> Result<Vec<Finding>, Error> {
+        let mut findings = Vec::new();
+        for queue in &self.queues {
+            findings.extend(queue.findings(&*self.broker, Some(self.drain)).await?);
+        }
+        Ok(findings)
     }
 
     /// Consumes until [`signal`](crate::signal): Ctrl-C or SIGTERM.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::check::{self, Finding};
 use super::config::{ConfigError, QueueConfig, StoreChoice};
 use super::session::Line;
 use super::status::Status;
@@ -95,7 +96,7 @@ impl Queue {
     }
 
     /// Leaves failed messages to the broker: `basic.reject` (a dead-letter exchange, or **the bin**), `term` on NATS
-    /// (**gone from the durable**). No story goes with them.
+    /// (**gone from the durable**). No story goes with them. See [native dead-lettering](crate::dead_letter#native-dead-lettering).
     #[must_use]
     pub fn reject_failed(self) -> Self {
         self.set(|config| config.reject_failed = true)
@@ -172,7 +173,7 @@ impl Queue {
     /// handler that always defers goes on for ever.
     #[must_use]
     pub fn max_age(self, age: Duration) -> Self {
-        self.set(|config| config.dedup.then(move |layer| layer.with_max_age(age)))
+        self.set(|config| config.dedup.max_age = Some(age))
     }
 
     /// Where ids come from.
@@ -202,7 +203,7 @@ impl Queue {
     /// How long a delivery waits in process for another holder of its id: 5 s by default, or the lease if that is shorter.
     #[must_use]
     pub fn wait(self, wait: Duration) -> Self {
-        self.set(|config| config.dedup.then(move |layer| layer.with_wait(wait)))
+        self.set(|config| config.dedup.wait = Some(wait))
     }
 
     /// The delays between attempts: 1 s × 4 up to 5 min by default, full jitter.
@@ -286,6 +287,37 @@ impl Queue {
         self.set(|config| config.observer = Some(observer))
     }
 
+    /// What is unsafe or risky about its settings, alone and with what the broker says of itself. Asks only: nothing is
+    /// made, no store is connected to. A consumer refuses and warns of the same when it starts;
+    /// a CI can fail on them. See [`Finding`] for an example.
+    ///
+    /// # Errors
+    ///
+    /// The broker could not be asked.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: it changes nothing.
+    pub async fn check(&self, broker: &dyn Broker) -> Result<Vec<Finding>, Error> {
+        self.findings(broker, None).await
+    }
+
+    pub(super) async fn findings(
+        &self,
+        broker: &dyn Broker,
+        drain: Option<Duration>,
+    ) -> Result<Vec<Finding>, Error> {
+        let facts = broker.facts(&self.config.spec).await?;
+        let refused = self.config.check().and_then(|()| self.config.check_given());
+        let mut findings = self.config.findings(drain, &facts);
+        match refused {
+            // It is among the findings.
+            Ok(()) | Err(ConfigError::Unsafe { .. }) => {}
+            Err(error) => findings.insert(0, Finding::refused(&self.config.spec.name, &error)),
+        }
+        Ok(findings)
+    }
+
     pub(crate) fn into_config(self) -> QueueConfig {
         self.config
     }
@@ -315,6 +347,9 @@ impl Queue {
         let line = Line::new(config.clone(), Arc::clone(broker), gate, background, counters, drain);
         let run = start(pipeline, line)?;
         broker.prepare(&config.spec).await?;
+        let findings = config.findings(Some(drain), &broker.facts(&config.spec).await?);
+        config.refuse(&findings)?;
+        check::warn(&findings);
         Ok(run)
     }
 }

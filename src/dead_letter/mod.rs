@@ -13,6 +13,22 @@
 //!    application headers are the sender's.
 //!
 //! A crash between the copy and the ack may make a second copy, with the same id.
+//!
+//! # Native dead-lettering
+//!
+//! [`Queue::reject_failed`](crate::Queue::reject_failed) leaves failed messages to the broker. It needs no permission to publish, and
+//! promises less:
+//!
+//! | | a dead-letter destination | `reject_failed`, RabbitMQ | `reject_failed`, JetStream |
+//! |---|---|---|---|
+//! | the message goes | to the destination | to the queue's dead-letter exchange; without one it is **gone** | **nowhere**: `+TERM` ends it for the durable, and a work queue's stream drops it |
+//! | confirmed before the ack | yes | no. From a classic queue, and a quorum queue without `at-least-once`, it may be lost on its way | no |
+//! | its story (cause, attempts, error) | in its headers | no, only `x-death` with the reason `rejected` | no; an advisory (`$JS.EVENT.ADVISORY.CONSUMER.MSG_TERMINATED.…`) has its number in the stream |
+//! | while the place is away | the queue pauses | unseen | does not arise |
+//! | spent attempts and parked ids | as any failure | as any failure | as any failure |
+//!
+//! Whether a queue has a dead-letter exchange cannot be seen over AMQP, so each start with `reject_failed` warns. On RabbitMQ 4.3 a reject
+//! counts toward a quorum queue's delivery limit. On core NATS there is nobody to reject to: the message is lost.
 
 mod layer;
 mod service;

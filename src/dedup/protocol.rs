@@ -88,7 +88,7 @@ pub struct Ask {
     pub token: Token,
     /// How long the claim holds without renewal.
     pub lease: Duration,
-    /// How long the record is kept from its last change: the queue's window.
+    /// How long the record is kept from its last change, or from the end of its backoff: the queue's window.
     pub retain: Duration,
     /// How many times an operator sent the id back to work.
     pub generation: u32,
@@ -221,7 +221,7 @@ pub struct Record {
     pub interruptions: u8,
     /// The digest of the body first seen.
     pub digest: Option<Digest>,
-    /// How long the record is kept from its last change.
+    /// How long the record is kept from its last change, or from the end of its backoff.
     pub retain: Duration,
     /// Until when it is kept.
     pub kept_until: Micros,
@@ -398,11 +398,12 @@ impl Machine {
         Fence(self.now.max(last.0.saturating_add(1)))
     }
 
-    /// Kept for `retain` from this change on, and a claim at least to its deadline.
+    /// Kept for `retain` from this change on, and a claim at least to its deadline. A released one for `retain` from
+    /// the end of its backoff: that is when its message comes back, and must find its attempts and its mark.
     fn kept(self, record: Record) -> Record {
         let kept_until = match record.state {
             State::Claimed { deadline } => self.after(record.retain).max(deadline),
-            State::Released { not_before } => self.after(record.retain).max(not_before),
+            State::Released { not_before } => Self::at(self.now.max(not_before)).after(record.retain),
             State::Parked | State::Done => self.after(record.retain),
         };
         Record { kept_until, ..record }

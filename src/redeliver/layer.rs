@@ -31,17 +31,17 @@ impl RedeliverLayer {
 
     /// Asks this function first: it is given the failure of a transient class and the attempt, from 1, and can look
     /// at the [cause](Failure::cause) and the [error](Failure::error)'s type. How many attempts there are at most is
-    /// dedup's to say; a delay longer than it remembers an id would make it forget them (a [`Queue`](crate::Queue) cuts it).
+    /// dedup's to say, however long the delay is; see [`Again::After`] for stores that keep a record for so long only.
     #[must_use]
     pub fn with_policy(mut self, policy: impl Fn(&Failure, u32) -> Again + Send + Sync + 'static) -> Self {
         self.policy.own = Some(Arc::new(policy));
         self
     }
 
-    /// No delay of the policy's is longer than this.
+    /// No delay that a policy or a handler asks for is longer than this: the store could not keep the record meanwhile.
     #[must_use]
-    pub(crate) const fn with_longest(mut self, longest: Duration) -> Self {
-        self.policy.longest = Some(longest);
+    pub(crate) const fn with_longest(mut self, longest: Option<Duration>) -> Self {
+        self.policy.longest = longest;
         self
     }
 

@@ -84,7 +84,11 @@ fn planned(mut failure: Failure, message: &Message, policy: &Policy) -> Failure 
         failure.reclassify(FailureClass::Permanent, Cause::Permanent);
         return failure;
     };
-    if let Some(plan) = settlement::redelivery(failure.class(), backoff) {
+    let class = match failure.class() {
+        FailureClass::Deferred(after) => FailureClass::Deferred(policy.cut(after)),
+        class => class,
+    };
+    if let Some(plan) = settlement::redelivery(class, backoff) {
         failure.set_plan(plan);
     }
     failure

@@ -220,6 +220,7 @@ pub async fn store_contract(fixture: &dyn StoreFixture) {
         a_dead_letter_is_parked
         a_backoff_is_never_short_and_ends
         a_copy_neither_skips_the_backoff_nor_burns_attempts
+        attempts_and_the_suspect_mark_survive_a_deferral_longer_than_the_retention
         a_key_released_without_a_backoff_is_free_at_once
         an_expired_claim_is_suspect
         the_mark_stays_through_every_release

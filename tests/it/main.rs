@@ -5,6 +5,8 @@ mod amqp_broker;
 #[cfg(feature = "testing")]
 mod bad_input;
 #[cfg(feature = "testing")]
+mod checks;
+#[cfg(feature = "testing")]
 mod dedup_layer;
 #[cfg(any(feature = "amqp", feature = "nats"))]
 mod end_to_end;

@@ -1166,16 +1166,75 @@ async fn the_permissions_in_the_docs_are_enough() {
     for _ in 0..2 {
         park(&nats, &dead(&spec), delivery.message()).await.expect("parked, also as a duplicate");
     }
-    settle(delivery, Disposition::Ack).await;
+    settle(delivery, Disposition::Requeue { after: Duration::from_millis(200) }).await;
+    settle(next(&mut inbox).await, Disposition::Ack).await;
     until("the ack is permitted", || async { stored(&js, &name).await == 0 }).await;
+    let facts = nats.facts(&check).await.expect("what is checked may be asked for");
+    assert!(facts.ack_wait.is_some() && facts.max_ack_pending.is_some(), "{facts:?}");
 
     let short = Duration::from_millis(300);
     let url = server.url().replace("://", "://user:x@");
     let nats =
         Nats::options().inbox_prefix("_MINE").confirm_timeout(short).connect(&url).await.expect("connects");
-    let error = nats.prepare(&queue("not-permitted")).await.expect_err("not permitted");
+    let mut unknown = queue("not-permitted");
+    unknown.declare = Declare::Check;
+    let error = nats.prepare(&unknown).await.expect_err("not permitted");
     assert_eq!(error.kind(), BrokerErrorKind::Unreachable);
-    assert!(error.to_string().contains("may not publish to `$JS.API.>`"), "{error}");
+    let missing = format!("may not publish to `$JS.API.STREAM.INFO.{}`", unknown.name);
+    assert!(error.to_string().contains(&missing), "{error}");
+}
+
+/// A server that refuses a question says nothing to it, so what is missing must be told by what was asked.
+#[tokio::test]
+async fn a_missing_permission_is_named() {
+    let mut spec = queue("lacking");
+    let (name, dead_name) = (spec.name.clone(), dead(&spec).name().to_owned());
+    let needed = [
+        format!("$JS.API.STREAM.INFO.{name}"),
+        format!("$JS.API.CONSUMER.INFO.{name}.{name}"),
+        "$JS.API.STREAM.NAMES".to_owned(),
+        format!("$JS.API.STREAM.INFO.{dead_name}"),
+    ];
+    let without = |lacking: usize| {
+        format!(
+            "{{ user: user{lacking}, password: x, permissions: {{ publish: {{ allow: \">\", deny: \"{}\" }}, subscribe: \">\" }} }}",
+            needed[lacking]
+        )
+    };
+    let users: Vec<_> = (0..needed.len()).map(without).collect();
+    let admin = "{ user: admin, password: x }".to_owned();
+    let server =
+        Server::start(&format!("authorization {{ users: [ {}, {admin} ] }}\n", users.join(", "))).await;
+    let login = |user: String| {
+        let url = server.url().replace("://", &format!("://{user}:x@"));
+        let options = Nats::options().confirm_timeout(Duration::from_millis(300));
+        async move { options.connect(&url).await.expect("connects") }
+    };
+    login("admin".into()).await.prepare(&spec).await.expect("made");
+    spec.declare = Declare::Check;
+    for (number, lacking) in needed.iter().enumerate() {
+        let error = login(format!("user{number}")).await.prepare(&spec).await.expect_err("not permitted");
+        assert!(error.to_string().contains(&format!("`{lacking}`")), "{lacking}: {error}");
+    }
+}
+
+/// Native dead-lettering: nothing is copied, the server says who was ended, and forgets the message.
+#[tokio::test]
+async fn a_rejected_message_is_gone_from_a_work_queue_and_an_advisory_says_so() {
+    let (nats, js, mut spec) = (nats().await, stranger().await, queue("rejected"));
+    spec.dead_letter = None;
+    nats.prepare(&spec).await.expect("prepared");
+    let advisory = format!("$JS.EVENT.ADVISORY.CONSUMER.MSG_TERMINATED.{0}.{0}", spec.name);
+    let mut advisories = js.client().subscribe(advisory).await.expect("subscribed");
+    js.client().flush().await.expect("the subscription is at the server");
+    let mut inbox = nats.subscribe(&spec).await.expect("subscribed");
+    send(&js, &spec.name, "x").await;
+    settle(next(&mut inbox).await, Disposition::Reject).await;
+    let told = tokio::time::timeout(PATIENCE, advisories.next()).await.expect("an advisory").expect("one");
+    let told: serde_json::Value = serde_json::from_slice(&told.payload).expect("JSON");
+    assert_eq!((&told["stream_seq"], &told["consumer_seq"]), (&1.into(), &1.into()), "a number, and no body");
+    until("it is gone", || async { stored(&js, &spec.name).await == 0 }).await;
+    stays_quiet(&mut inbox).await;
 }
 
 // ---------------------------------------------------------------- core NATS

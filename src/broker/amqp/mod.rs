@@ -50,7 +50,9 @@
 //!   `-1` for none: RabbitMQ 3 takes -1 as well, and drops each message at its first redelivery.
 //!   Queues made by [`Declare::Create`](crate::broker::Declare::Create) have a limit of 2147483647.
 //! * The broker gives up on a delivery that is unsettled for 30 minutes (`consumer_timeout`).
-//!   Heartbeats do not extend it.
+//!   Heartbeats do not extend it, and AMQP cannot read it: a `max_run` that is not shorter is warned about.
+//! * Whether a dead-letter queue that was declared elsewhere drops letters (`x-message-ttl`, `x-max-length`) cannot be read either:
+//!   give it neither, or `x-overflow: reject-publish`, and the queue pauses when it is full.
 //! * An ack is not confirmed by AMQP. One that is lost with its connection is noticed by a
 //!   redelivery, which dedup skips.
 //! * lapin cannot read a message with a property or a header's name that is not UTF-8, and ends the
@@ -65,8 +67,11 @@
 //! |---|---|---|---|
 //! | consuming | | | the queue |
 //! | delays | `<queue>.hold.*` | `amq.default` | `<queue>.hold.*` |
-//! | dead letters | | `amq.default` | |
+//! | dead letters | | `amq.default`, the dead-letter queue | |
 //! | [`Declare::Create`](crate::broker::Declare::Create) | the queue, the dead-letter queue | | |
+//!
+//! Since 4.2.6 RabbitMQ says whether a queue is there only to a user with some permission on it: that is what the one on the
+//! dead-letter queue is for, any will do. Versions 4.2.6 and 4.3.0 themselves want configure, on the source as well.
 //!
 //! A user without the permission to configure the hold queue can have it declared beforehand:
 //! durable, with the arguments `x-queue-type: quorum`, `x-message-ttl` (the step in milliseconds),
@@ -92,8 +97,14 @@ pub use lapin;
 
 pub use self::connect::{Amqp, ConnectOptions};
 pub use self::split::split;
-use super::{Broker, BrokerError, Copy, Destination, Features, HoldSteps, QueueSpec, Subscription};
+use super::{Broker, BrokerError, Copy, Destination, Facts, Features, HoldSteps, QueueSpec, Subscription};
 use crate::defaults;
+
+/// RabbitMQ's own default of `consumer_timeout`, since 3.8.17. AMQP cannot read it, nor a queue's `x-consumer-timeout`.
+const CONSUMER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30 * 60);
+
+const REJECTED: &str =
+    "to the queue's dead-letter exchange, which AMQP cannot see, and without one the message is gone";
 
 #[async_trait]
 impl Broker for Amqp {
@@ -123,6 +134,12 @@ impl Broker for Amqp {
 
     async fn prepare(&self, queue: &QueueSpec) -> Result<(), BrokerError> {
         topology::prepare(&self.consuming, queue).await
+    }
+
+    /// What AMQP cannot ask for is taken to be as it is by default.
+    async fn facts(&self, _: &QueueSpec) -> Result<Facts, BrokerError> {
+        let (delivery_timeout, rejected) = (Some(CONSUMER_TIMEOUT), Some(REJECTED));
+        Ok(Facts { delivery_timeout, rejected, ..Facts::default() })
     }
 
     async fn subscribe(&self, queue: &QueueSpec) -> Result<Box<dyn Subscription>, BrokerError> {

@@ -59,7 +59,7 @@ pub(super) async fn hold(link: &Link, queue: &QueueSpec, step: Duration) -> Resu
         Ok(()) => return Ok(()),
         Err(error) => error,
     };
-    if reply_code(&error) == Some(403) && exists(link, &name).await? {
+    if reply_code(&error) == Some(403) && may_be_seen(link, &name).await? {
         // Declared by those who may; nobody but them can compare its arguments.
         tracing::warn!(target: "guestlist", queue = %name, "the hold queue is there, but may not be checked: see the docs of broker::amqp for its arguments");
         return Ok(());
@@ -74,6 +74,14 @@ pub(super) async fn hold(link: &Link, queue: &QueueSpec, step: Duration) -> Resu
         _ => format!("declaring the hold queue `{name}` failed"),
     };
     Err(said_no(what, error))
+}
+
+/// A user that may not even ask is no better off than one whose queue is missing.
+async fn may_be_seen(link: &Link, name: &ShortString) -> Result<bool, BrokerError> {
+    match exists(link, name).await {
+        Err(error) if error.kind() == BrokerErrorKind::Refused => Ok(false),
+        answer => answer,
+    }
 }
 
 /// Quorum and at-least-once whatever the source is: a classic queue's dead-letter hop is
@@ -166,6 +174,13 @@ async fn exists(link: &Link, name: &ShortString) -> Result<bool, BrokerError> {
             // A queue whose node is down is "not found" too, but trying again may help.
             let what = format!("the queue `{name}` cannot be reached");
             Err(BrokerError::new(BrokerErrorKind::Unreachable, what).with_source(error))
+        }
+        Err(error) if reply_code(&error) == Some(403) => {
+            let what = format!(
+                "the queue `{name}` may not be asked for: the user needs a permission on it, read for a source or write for a \
+                 dead-letter queue (RabbitMQ 4.2.6 and 4.3.0: configure)"
+            );
+            Err(said_no(what, error))
         }
         Err(error) => Err(said_no(format!("asking for the queue `{name}` failed"), error)),
     }

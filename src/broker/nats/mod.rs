@@ -103,7 +103,7 @@ pub(crate) use self::connect::Link;
 pub use self::connect::{CONNECT_TIMEOUT, Nats, NatsOptionsBuilder, PING_INTERVAL};
 pub use self::source::split;
 pub use self::topology::MAX_ACK_PENDING;
-use super::{Broker, BrokerError, Copy, Destination, Features, QueueSpec, Subscription};
+use super::{Broker, BrokerError, Copy, Destination, Facts, Features, QueueSpec, Subscription};
 use crate::defaults;
 
 const SYSTEM: &str = "nats";
@@ -135,6 +135,10 @@ impl Broker for Nats {
             topology::source(&link, queue).await?;
         }
         topology::dead_letters(&link, queue).await
+    }
+
+    async fn facts(&self, queue: &QueueSpec) -> Result<Facts, BrokerError> {
+        topology::facts(&self.link().await?, queue).await
     }
 
     async fn subscribe(&self, queue: &QueueSpec) -> Result<Box<dyn Subscription>, BrokerError> {

@@ -7,11 +7,11 @@ use async_nats::jetstream::context::{
     ConsumerInfoErrorKind, CreateStreamErrorKind, GetStreamByNameErrorKind, GetStreamErrorKind, RequestError,
     RequestErrorKind,
 };
-use async_nats::jetstream::stream::{self, ConsumerErrorKind, RetentionPolicy};
+use async_nats::jetstream::stream::{self, ConsumerErrorKind, DiscardPolicy, RetentionPolicy};
 use async_nats::jetstream::{self, ErrorCode};
 
 use super::connect::Link;
-use crate::broker::{BrokerError, BrokerErrorKind, Declare, Destination, QueueSpec};
+use crate::broker::{BrokerError, BrokerErrorKind, Declare, Destination, Facts, Kept, QueueSpec};
 
 /// How many deliveries of a durable made by us may be unacked, over all its consumers: 100,000.
 ///
@@ -136,7 +136,11 @@ async fn stream_config(link: &Link, stream: &str) -> Result<Option<stream::Confi
             GetStreamErrorKind::JetStream(said) => {
                 Err(said_no(&format!("look up the stream `{stream}`"), said))
             }
-            _ => Err(no_answer(&format!("look up the stream `{stream}`"), error)),
+            _ => Err(no_answer(
+                &format!("look up the stream `{stream}`"),
+                &format!("STREAM.INFO.{stream}"),
+                error,
+            )),
         },
     }
 }
@@ -172,7 +176,7 @@ async fn make_stream(
             )))
         }
         CreateStreamErrorKind::JetStream(said) => Err(said_no(&act(), said)),
-        _ => Err(no_answer(&act(), error)),
+        _ => Err(no_answer(&act(), &format!("STREAM.CREATE.{name}"), error)),
     }
 }
 
@@ -209,13 +213,15 @@ async fn find_or_make_durable(link: &Link, names: &Names, spec: &QueueSpec) -> R
 async fn durable_info(link: &Link, names: &Names) -> Result<Option<Info>, BrokerError> {
     let Names { stream, durable, .. } = names;
     let act = || format!("look up the durable `{durable}` of the stream `{stream}`");
-    let stream = link.jetstream.get_stream_no_info(stream).await.map_err(|error| no_answer(&act(), error))?;
+    let api = format!("CONSUMER.INFO.{stream}.{durable}");
+    let stream =
+        link.jetstream.get_stream_no_info(stream).await.map_err(|error| no_answer(&act(), &api, error))?;
     match stream.consumer_info(durable).await {
         Ok(info) => Ok(Some(info)),
         Err(error) => match error.kind() {
             ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound => Ok(None),
             ConsumerInfoErrorKind::JetStream(said) => Err(said_no(&act(), said)),
-            _ => Err(no_answer(&act(), error)),
+            _ => Err(no_answer(&act(), &api, error)),
         },
     }
 }
@@ -237,7 +243,7 @@ async fn make_durable(link: &Link, names: &Names, spec: &QueueSpec) -> Result<In
         Ok(made) => Ok(made.cached_info().clone()),
         Err(error) => match error.kind() {
             ConsumerErrorKind::JetStream(said) => Err(said_no(&act(), said)),
-            _ => Err(no_answer(&act(), error)),
+            _ => Err(no_answer(&act(), &format!("CONSUMER.CREATE.{stream}.{durable}.{subject}"), error)),
         },
     }
 }
@@ -321,12 +327,16 @@ fn wrong_ack_wait(config: &consumer::Config, spec: &QueueSpec) -> Option<String>
     {
         return Some(format!("its ack_wait is {:?}, not {asked:?}", config.ack_wait));
     }
-    // With a backoff the server waits by that, in place of ack_wait.
-    let shortest = config.backoff.iter().min().unwrap_or(&config.ack_wait);
+    let shortest = shortest_wait(config);
     let least = spec.heartbeat * FEWEST_HEARTBEATS_PER_ACK_WAIT;
     (spec.nats.ack_wait.is_none() && *shortest < least).then(|| {
         format!("its ack_wait (or backoff) is {shortest:?}, at least {least:?} are needed for a heartbeat each {:?}", spec.heartbeat)
     })
+}
+
+/// With a backoff the server waits by that, in place of `ack_wait`.
+fn shortest_wait(config: &consumer::Config) -> &Duration {
+    config.backoff.iter().min().unwrap_or(&config.ack_wait)
 }
 
 fn wrong_ack_pending(config: &consumer::Config, spec: &QueueSpec) -> Option<String> {
@@ -373,9 +383,49 @@ async fn stream_keeping(link: &Link, subject: &str) -> Result<Option<String>, Br
             GetStreamByNameErrorKind::JetStream(said) => {
                 Err(said_no(&format!("find the stream of the subject `{subject}`"), said))
             }
-            _ => Err(no_answer(&format!("find the stream of the subject `{subject}`"), error)),
+            _ => {
+                Err(no_answer(&format!("find the stream of the subject `{subject}`"), "STREAM.NAMES", error))
+            }
         },
     }
+}
+
+/// What the stream, the durable and the dead letters' stream say of themselves.
+pub(super) async fn facts(link: &Link, spec: &QueueSpec) -> Result<Facts, BrokerError> {
+    let dead_letters = match &spec.dead_letter {
+        Some(place) => kept(link, stream_keeping(link, place.name()).await?).await?,
+        None => Kept::default(),
+    };
+    if spec.nats.core {
+        let rejected = Some("core NATS knows no such thing, and the message is lost");
+        return Ok(Facts { dead_letters, rejected, ..Facts::default() });
+    }
+    let names = Names::of(spec)?;
+    let source = kept(link, Some(names.stream.clone())).await?;
+    let durable = durable_info(link, &names).await?.map(|info| info.config);
+    Ok(Facts {
+        ack_wait: durable.as_ref().map(|durable| *shortest_wait(durable)),
+        max_ack_pending: durable.map(|durable| durable.max_ack_pending).filter(|limit| *limit > 0),
+        source,
+        dead_letters,
+        rejected: Some(
+            "`+TERM` ends it, and it is gone from the durable (from a work queue's stream altogether)",
+        ),
+        ..Facts::default()
+    })
+}
+
+async fn kept(link: &Link, stream: Option<String>) -> Result<Kept, BrokerError> {
+    let Some(stream) = stream else { return Ok(Kept::default()) };
+    let Some(config) = stream_config(link, &stream).await? else { return Ok(Kept::default()) };
+    let limit = |limit: i64| Some(limit).filter(|limit| *limit > 0);
+    Ok(Kept {
+        max_age: Some(config.max_age).filter(|age| !age.is_zero()),
+        max_messages: limit(config.max_messages),
+        max_messages_per_subject: limit(config.max_messages_per_subject),
+        max_bytes: limit(config.max_bytes),
+        refuses_when_full: config.discard == DiscardPolicy::New,
+    })
 }
 
 /// A confirmation must mean that the copy is kept.
@@ -400,7 +450,8 @@ fn said_no(act: &str, error: jetstream::Error) -> BrokerError {
     BrokerError::new(kind, format!("JetStream refuses to {act}")).with_source(error)
 }
 
-fn no_answer(act: &str, error: impl Into<crate::BoxError>) -> BrokerError {
+/// The server answers nothing to a question that a user may not ask, so the permission it may lack is named.
+fn no_answer(act: &str, api: &str, error: impl Into<crate::BoxError>) -> BrokerError {
     let error = error.into();
     let nobody = error_chain(&*error).any(|error| {
         error
@@ -408,9 +459,11 @@ fn no_answer(act: &str, error: impl Into<crate::BoxError>) -> BrokerError {
             .is_some_and(|error| error.kind() == RequestErrorKind::NoResponders)
     });
     let hint = if nobody {
-        "JetStream is not enabled for this account"
+        "JetStream is not enabled for this account".to_owned()
     } else {
-        "the server does not answer, as when this user may not publish to `$JS.API.>` or read its inbox"
+        format!(
+            "the server does not answer, as when this user may not publish to `$JS.API.{api}` or read its inbox"
+        )
     };
     BrokerError::new(BrokerErrorKind::Unreachable, format!("cannot {act}: {hint}")).with_source(error)
 }

@@ -50,6 +50,10 @@ fn failed(backoff: Duration) -> Release {
     Release::Failed { not_before: backoff }
 }
 
+fn deferred(delay: Duration) -> Release {
+    Release::Deferred { not_before: delay }
+}
+
 const FAILED: Release = Release::Failed { not_before: Duration::ZERO };
 const DEFERRED: Release = Release::Deferred { not_before: Duration::ZERO };
 
@@ -576,7 +580,25 @@ fn no_record_is_dropped_before_its_deadline_or_its_backoff() {
     key.pass(just_before(BACKOFF));
     assert_eq!(told(key.claim(short(OTHER))), Told::Busy);
     key.pass(MOMENT);
-    assert_eq!(key.attempt(short(OTHER)).0, 1, "then it may be");
+    assert_eq!(key.attempt(short(OTHER)).0, 2, "and a moment longer, for who comes when it ends");
+}
+
+/// Whatever was longer: the retention counts from the end of the backoff, which is when the message comes back.
+#[test]
+fn attempts_and_the_mark_survive_a_backoff_longer_than_the_retention() {
+    let year = Duration::from_secs(365 * 24 * 3600);
+    for (why, left) in [(failed(year), (4, Before::Failed)), (deferred(year), (3, Before::HandedBack))] {
+        let mut key = Key::claimed();
+        key.pass(LEASE);
+        key.acquire(alone(OTHER));
+        key.give_up(OTHER, why);
+        key.pass(year + just_before(RETAIN));
+        assert_eq!(told(key.claim(ask(THIRD))), Told::Suspect, "{why:?}");
+        let mut later = key.clone();
+        assert_eq!(key.attempt(alone(THIRD)), left, "{why:?}");
+        later.pass(MOMENT);
+        assert_eq!(later.attempt(ask(THIRD)), (1, Before::First), "{why:?}: it is not kept for ever");
+    }
 }
 
 // Rules 4 and 5: only a completed id is done.

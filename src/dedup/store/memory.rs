@@ -35,9 +35,10 @@ const GARBAGE_AFTER: Duration = Duration::from_secs(60);
 ///
 /// # What it promises, and what not
 ///
-/// 1. Claims are never evicted, completed ids only when there are more than it may remember: the
-///    least recently used go first, each is counted ([`forgotten_early`](Self::forgotten_early)) and warned
-///    about. A copy of a forgotten id runs again; nothing is lost.
+/// 1. Claims are never evicted; ids that are done, parked, or wait for their next attempt only when there are more than
+///    it may remember: the least recently used go first, each is counted
+///    ([`forgotten_early`](Self::forgotten_early)) and warned about. A copy of a forgotten id runs again, and one that
+///    waits begins with its first attempt; nothing is lost. A message deferred for a year has a place here for a year.
 /// 2. It forgets everything at a restart. A copy that arrives afterwards runs again, and a
 ///    message that kills the process is not recognized as such.
 /// 3. Two processes do not share it. If both consume one queue, a message and its copy may

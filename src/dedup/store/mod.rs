@@ -124,7 +124,8 @@ pub struct StoreFeatures {
     pub shared: bool,
     /// What is remembered outlives the process: bounded retry over crashes (I8, F26) needs this.
     pub survives_restart: bool,
-    /// The longest time for which it can keep a record; `None`: any. A queue that needs more is refused at its start.
+    /// The longest time for which it can keep a record; `None`: any. A queue that needs more is refused at its start,
+    /// and a deferral that would need more is cut to an hour less than this.
     pub keeps: Option<Duration>,
 }
 

@@ -249,7 +249,8 @@ impl Judge<'_> {
             (None, true) => self.story.time(last.active),
             (None, false) => self.asked(last),
         };
-        let kept_until = changed.saturating_add(micros(self.settings.window));
+        let again_at = changed.saturating_add(last.released.map_or(0, |(_, why)| backoff(why)));
+        let kept_until = again_at.saturating_add(micros(self.settings.window));
         self.story.time(next.begun).saturating_add(self.slack()) >= kept_until
     }
 
@@ -266,6 +267,14 @@ impl Judge<'_> {
             || self.story.time(run.begun).saturating_sub(late),
             |until| until.saturating_sub(lease),
         )
+    }
+}
+
+/// What the record is kept through, before its time begins.
+fn backoff(why: Release) -> u64 {
+    match why {
+        Release::Failed { not_before } | Release::Deferred { not_before } => micros(not_before),
+        Release::NotStarted | Release::Interrupted | Release::DeadLettered => 0,
     }
 }
 

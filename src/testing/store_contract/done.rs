@@ -71,11 +71,20 @@ pub async fn the_window_is_the_completes(fixture: &dyn StoreFixture) {
     key.not_before(sent, key.pace.short, "a completed id ran again");
 }
 
-/// A record is kept for its time from its last change, whatever that was; then nothing is left of
-/// it, and the key starts afresh.
+/// A record is kept for its time from its last change, whatever that was, or from the end of its backoff; then nothing is
+/// left of it, and the key starts afresh.
 pub async fn every_record_is_kept_from_its_last_change(fixture: &dyn StoreFixture) {
-    let endings = [None, Some(FAILED), Some(Release::Interrupted), Some(Release::DeadLettered)];
-    for ending in endings {
+    let short = fixture.pace().short;
+    let backoff = if fixture.pace().one_window { Duration::ZERO } else { short };
+    let endings = [
+        (None, short),
+        (Some(FAILED), short),
+        (Some(Release::Failed { not_before: backoff }), backoff + short),
+        (Some(Release::Deferred { not_before: backoff }), backoff + short),
+        (Some(Release::Interrupted), short),
+        (Some(Release::DeadLettered), short),
+    ];
+    for (ending, due) in endings {
         let key = Key::kept_briefly(fixture).await;
         key.acquire(key.briefly(ask(ME))).await;
         let sent = Instant::now();
@@ -88,7 +97,7 @@ pub async fn every_record_is_kept_from_its_last_change(fixture: &dyn StoreFixtur
             continue;
         }
         key.vanishes().await;
-        key.not_before(sent, key.pace.short, "a record vanished");
+        key.not_before(sent, due, "a record vanished");
         assert_eq!(key.acquire(key.briefly(ask(OTHER))).await.told(), (1, Before::First), "{ending:?}");
     }
 }

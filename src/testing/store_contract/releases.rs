@@ -1,5 +1,7 @@
 //! Cases: what each way to give a claim up leaves for the next one.
 
+use std::time::Duration;
+
 use tokio::time::Instant;
 
 use super::claims::assert_busy;
@@ -152,6 +154,47 @@ pub async fn a_copy_neither_skips_the_backoff_nor_burns_attempts(fixture: &dyn S
         }
         assert_eq!(key.record().await.attempt, attempt, "copies burn no attempts");
     }
+}
+
+/// The retention counts from the end of a backoff or a deferral, however much longer than the retention that is: when the
+/// message comes back, its attempts are counted on, and a suspect is one.
+pub async fn attempts_and_the_suspect_mark_survive_a_deferral_longer_than_the_retention(
+    fixture: &dyn StoreFixture,
+) {
+    let pace = fixture.pace();
+    if pace.one_window {
+        return;
+    }
+    let delay = 2 * pace.short;
+    for (why, told) in [
+        (Release::Failed { not_before: delay }, (3, Before::Failed)),
+        (Release::Deferred { not_before: delay }, (2, Before::HandedBack)),
+    ] {
+        while comes_back(fixture, why, delay).await != Some(told) {}
+    }
+}
+
+/// What is told to who claims a suspect after this release. `None`: the machine was slow, and the record was rightly gone.
+async fn comes_back(fixture: &dyn StoreFixture, why: Release, delay: Duration) -> Option<(u32, Before)> {
+    let key = Key::new(fixture).await;
+    key.acquire(key.short(ask(THIRD))).await;
+    key.pass().await;
+    // Without a renewal for as long as it is kept, the claim itself would be gone.
+    key.acquire_at_last(Ask { retain: key.pace.short, ..alone(OTHER) }).await;
+    let sent = Instant::now();
+    key.give_up(OTHER, why).await;
+    let claim = key.claim_at_last(ask(ME)).await;
+    if let Claim::Acquired { .. } = claim {
+        key.not_before(sent, delay + key.pace.short, "attempts and mark were forgotten");
+        return None;
+    }
+    assert_eq!(claim, Claim::Suspect, "{why:?}");
+    let won = key.acquire_at_last(alone(ME)).await;
+    if won.before == Before::First {
+        key.not_before(sent, delay + key.pace.short, "attempts and mark were forgotten");
+        return None;
+    }
+    Some(won.told())
 }
 
 /// Without a backoff, a released key is free at once.

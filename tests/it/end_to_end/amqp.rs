@@ -320,3 +320,127 @@ async fn a_message_by_an_exchange_comes_back_to_its_queue_alone() {
     assert_eq!(ledger.runs(&body("one")), 3);
     assert_eq!((stranger.ready(&name).await, stranger.ready(&other).await), (0, 1));
 }
+
+fn text(text: &str) -> AMQPValue {
+    AMQPValue::LongString(text.into())
+}
+
+/// Native dead-lettering, as the docs say: to the queue's exchange with its own headers and no story of ours; without an
+/// exchange, gone.
+#[tokio::test]
+async fn a_rejected_message_goes_to_the_queues_own_exchange_or_is_gone() {
+    let stranger = Stranger::new().await;
+    for (kind, to_exchange) in [("classic", true), ("quorum", true), ("classic", false), ("quorum", false)] {
+        let (name, native) = (unique("rejects"), unique("native"));
+        stranger.declare(&native, "classic").await;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), text(kind));
+        if to_exchange {
+            arguments.insert("x-dead-letter-exchange".into(), text(""));
+            arguments.insert("x-dead-letter-routing-key".into(), text(&native));
+        }
+        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        stranger.channel.queue_declare(name.as_str().into(), options, arguments).await.unwrap();
+        let refusing = async |_: Message| -> Result<(), Failure> { Err(Failure::permanent("no")) };
+        let queue = Queue::new(&name).reject_failed().hold_steps([Duration::from_millis(300)]);
+        let running = Running::start(&url(), queue.handler(refusing), &name).await;
+        stranger.send(&name, "bad").await;
+        running.until("it has failed", |queue| queue.failures.values().sum::<u64>() >= 1).await;
+        running.stop().await;
+        until("it has left the queue", || async { stranger.ready(&name).await == 0 }).await;
+        until("it is where it should be", || async {
+            stranger.ready(&native).await == u32::from(to_exchange)
+        })
+        .await;
+        let Some(letter) = stranger.take(&native).await else { continue };
+        assert_eq!(letter.data, body("bad").as_bytes());
+        let headers = letter.properties.headers().clone().unwrap_or_default();
+        let names: Vec<String> = headers.inner().keys().map(ToString::to_string).collect();
+        assert!(names.iter().any(|name| name == "x-death"), "{names:?}");
+        assert!(!names.iter().any(|name| name.starts_with("guestlist")), "no story goes with it: {names:?}");
+    }
+}
+
+/// Exactly the permissions that the docs of `broker::amqp` list, by their regular expressions.
+struct Permissions {
+    configure: String,
+    write: String,
+    read: String,
+}
+
+impl Permissions {
+    fn of(queue: &str) -> Self {
+        let (queue, hold) = (queue.replace('.', "\\."), format!("{}\\.hold\\..*", queue.replace('.', "\\.")));
+        Self {
+            configure: format!("^{hold}$"),
+            write: format!("^(amq\\.default|{queue}\\.dead)$"),
+            read: format!("^({queue}|{hold})$"),
+        }
+    }
+
+    async fn set(&self, broker: &Private) {
+        let Self { configure, write, read } = self;
+        broker.control(&["set_permissions", "-p", "/", "locked", configure, write, read]).await;
+    }
+}
+
+/// Consumes as that user, to the end of the start: `Ok` once it runs.
+async fn starts(url: &str, queue: Queue) -> Result<(), guestlist::Error> {
+    let consumer = Consumer::connect(url).await.unwrap().queue(queue.handler(async |_: Message| Ok(())));
+    let status = consumer.status();
+    let running = async || status.queues().first().is_some_and(|queue| queue.state == State::Running);
+    consumer.run_until(until("it runs or has ended", running)).await
+}
+
+#[tokio::test]
+async fn a_user_with_the_permissions_in_the_docs_consumes_retries_and_dead_letters() {
+    let broker = Private::start("rabbitmq").await;
+    let (stranger, name) = (Stranger::at(&broker.url()).await, unique("locked"));
+    stranger.declare(&name, "quorum").await;
+    stranger.declare(&format!("{name}.dead"), "quorum").await;
+    broker.control(&["add_user", "locked", "secret"]).await;
+    let locked = broker.url().replace("guest:guest", "locked:secret");
+    Permissions::of(&name).set(&broker).await;
+
+    let queue =
+        || Queue::new(&name).dead_letter(format!("{name}.dead")).hold_steps([Duration::from_millis(300)]);
+    starts(&locked, queue()).await.expect("what is there may be used");
+    let twice = async |message: Message| -> Result<(), Failure> {
+        Err(if message.attempt() == 1 { Failure::transient("again") } else { Failure::permanent("no") })
+    };
+    let brief = Backoff::new(Duration::from_millis(300), 1, Duration::from_millis(300)).without_jitter();
+    let running = Running::start(&locked, queue().backoff(brief).handler(twice), &name).await;
+    stranger.send(&name, "m").await;
+    running
+        .until("it is tried twice and dead-lettered", |queue| queue.dead_letters.values().sum::<u64>() == 1)
+        .await;
+    running.stop().await;
+    until("its letter is there", || async { stranger.ready(&format!("{name}.dead")).await == 1 }).await;
+
+    let all = || Permissions::of(&name);
+    let nothing = || "^$".to_owned();
+    let lacking = [
+        (Permissions { read: nothing(), ..all() }, "read"),
+        (Permissions { write: nothing(), ..all() }, "write"),
+    ];
+    for (permissions, missing) in lacking {
+        permissions.set(&broker).await;
+        // The hold queue that is there need not be declared again, so its name is another one.
+        let error = starts(&locked, queue().hold_steps([Duration::from_millis(400)])).await.unwrap_err();
+        let told = format!("{error:?}");
+        assert!(told.contains(missing) && told.contains(&name), "{missing}: {told}");
+    }
+    broker.end().await;
+}
+
+/// `consumer_timeout` cannot be read over AMQP: RabbitMQ's default is taken.
+#[tokio::test]
+async fn a_run_longer_than_the_broker_waits_is_warned_about() {
+    let broker = guestlist::broker::amqp::Amqp::connect(&url()).await.unwrap();
+    let checked =
+        |max_run: u64| Queue::new("q").dead_letter("q.dead").max_run(Duration::from_secs(60 * max_run));
+    assert_eq!(checked(29).check(&broker).await.unwrap(), []);
+    let findings = checked(45).check(&broker).await.unwrap();
+    assert_eq!(findings[0].severity, guestlist::Severity::Warn);
+    assert!(findings[0].message.contains("2700s") && findings[0].message.contains("1800s"), "{findings:?}");
+}

@@ -302,3 +302,58 @@ async fn core_nats_skips_copies_and_parks_what_fails() {
     assert_eq!(ledger.runs(&body("one")), 1);
     assert_eq!(stranger.kept(&dead(&name)).await, 1);
 }
+
+/// What the server says of stream, durable and dead letters is compared with the settings.
+#[tokio::test]
+async fn limits_of_streams_and_durables_are_found() {
+    let (name, stranger) = (unique("found"), Stranger::new().await);
+    let minute = Duration::from_secs(60);
+    let source = Config {
+        name: name.clone(),
+        subjects: vec![name.clone()],
+        max_age: minute,
+        max_messages: 500,
+        duplicate_window: WINDOW,
+        ..Config::default()
+    };
+    let stream = stranger.0.create_stream(source.clone()).await.unwrap();
+    let letters = Config { name: dead(&name), subjects: vec![dead(&name)], max_bytes: 4096, ..source };
+    stranger.0.create_stream(letters).await.unwrap();
+    stream.create_consumer(pull::Config { max_ack_pending: 99, ..durable(&name) }).await.unwrap();
+
+    let nats = guestlist::broker::nats::Nats::connect(&url()).await.unwrap();
+    let checked = Queue::new(&name).dead_letter(dead(&name)).check(&nats).await.unwrap();
+    let told: Vec<String> = checked.iter().map(ToString::to_string).collect();
+    let expected = [
+        "max_ack_pending is 99",
+        "drops messages after 60s",
+        "oldest messages at 500 messages",
+        "dead letters are dropped after 60s",
+        "oldest dead letters are dropped at 500 messages or 4096 bytes",
+    ];
+    assert_eq!(told.len(), expected.len(), "{told:#?}");
+    for (told, expected) in told.iter().zip(expected) {
+        assert!(told.contains(expected) && told.contains(&name), "{told}");
+    }
+    // A heartbeat each minute does not go with the durable's 30 s.
+    let slow = Queue::new(&name).dead_letter(dead(&name)).lease(3 * minute);
+    let slow = slow.nats(NatsOptions::new().ack_wait(Duration::from_secs(30)));
+    let finding = slow.check(&nats).await.unwrap().remove(0);
+    assert_eq!(finding.severity, guestlist::Severity::Refuse);
+    let consumer = Consumer::new(nats).queue(slow.handler(async |_: Message| Ok(())));
+    let refused = consumer.run_until(std::future::pending()).await.unwrap_err();
+    for told in [finding.to_string(), format!("{refused:?}")] {
+        assert!(told.contains("ack_wait is 30s") && told.contains("heartbeats of 60s"), "{told}");
+    }
+}
+
+/// A check asks, and makes nothing.
+#[tokio::test]
+async fn a_check_makes_nothing() {
+    let (name, stranger) = (unique("unmade"), Stranger::new().await);
+    let nats = guestlist::broker::nats::Nats::connect(&url()).await.unwrap();
+    assert_eq!(Queue::new(&name).declare().dead_letter(dead(&name)).check(&nats).await.unwrap(), []);
+    for stream in [&name, &dead(&name)] {
+        assert!(stranger.0.get_stream(stream).await.is_err(), "{stream} was made");
+    }
+}

@@ -57,6 +57,9 @@ enum Flaw {
     WindowIsTheClaims,
     WindowIsShort,
     WindowNeverEnds,
+    /// A released record is kept for as long as it backs off, or its retention, whichever is longer.
+    BackoffIsPartOfTheRetention,
+    DeferralIsKeptForEver,
     CompleteAgainExtends,
     CompleteOfNothingLeavesNothing,
     CompleteOfNothingSaysYes,
@@ -151,6 +154,9 @@ impl Plain {
         match (self.flaw, record.state) {
             (Flaw::LeaseIsLifetime, State::Claimed { deadline }) => Record { kept_until: deadline, ..record },
             (Flaw::WindowNeverEnds, State::Done) => Record { kept_until: u64::MAX, ..record },
+            (Flaw::DeferralIsKeptForEver, State::Released { not_before }) if not_before > 0 => {
+                Record { kept_until: u64::MAX, ..record }
+            }
             _ => record,
         }
     }
@@ -303,6 +309,13 @@ impl Plain {
             (Flaw::NotStartedIsHandedBack, Release::NotStarted) => kept.before = Before::HandedBack,
             (Flaw::InterruptionsAreFree, Release::Interrupted) => kept.interruptions = 1,
             (Flaw::MarkEndsWithRelease, Release::Deferred { .. }) => kept.suspect = false,
+            (
+                Flaw::BackoffIsPartOfTheRetention,
+                Release::Failed { not_before } | Release::Deferred { not_before },
+            ) => {
+                let longer = u64::try_from(kept.retain.max(not_before).as_micros()).unwrap_or(u64::MAX);
+                kept.kept_until = self.now().saturating_add(longer);
+            }
             _ => {}
         }
         (Some(kept), held)
@@ -509,6 +522,10 @@ fn each_flaw_is_caught_by_the_case_of_that_name() {
         WindowIsTheClaims by the_window_is_the_completes;
         WindowIsShort by a_window_is_never_short_and_ends what_a_lost_record_left_behind_ends_too;
         WindowNeverEnds by a_window_is_never_short_and_ends;
+        BackoffIsPartOfTheRetention by
+            attempts_and_the_suspect_mark_survive_a_deferral_longer_than_the_retention
+            every_record_is_kept_from_its_last_change;
+        DeferralIsKeptForEver by every_record_is_kept_from_its_last_change;
         CompleteAgainExtends by a_complete_repeated_says_yes;
         CompleteOfNothingLeavesNothing by complete_of_a_lost_record_inserts_done;
         CompleteOfNothingSaysYes by complete_of_a_lost_record_inserts_done;

@@ -177,6 +177,20 @@ async fn migrations_at_once_and_again_change_nothing() {
     place.drop().await;
 }
 
+/// The function of an earlier release is not replaced: its consumers may still be running.
+#[tokio::test]
+async fn a_migration_leaves_the_function_of_an_earlier_release_alone() {
+    let place = Place::migrated().await;
+    let (now, before) = ("\"{s}\".\"claims_step_v2\"", "\"{s}\".\"claims_step_v1\"");
+    place.sql(&format!("alter function {now} rename to claims_step_v1")).await;
+    let error = place.builder().connect().await.unwrap_err();
+    assert!(error.to_string().contains("migrate()"), "{error}");
+    place.builder().migrate().await.unwrap();
+    acquired(&place.store().await, &key(1), &ask()).await;
+    place.sql(&format!("drop function {before}")).await;
+    place.drop().await;
+}
+
 /// Fences order writes downstream, whatever happened to the records in between.
 #[tokio::test]
 async fn fences_grow_over_lost_records_and_a_lost_sequence() {

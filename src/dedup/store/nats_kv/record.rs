@@ -140,13 +140,13 @@ impl Stored {
     }
 }
 
-/// Kept for `retain` from its last change on, and a claim or a backoff at least to its end, as the machine does.
+/// Kept for `retain` from its last change or the end of its backoff on, and a claim at least to its end, as the machine does.
 fn kept(record: Record, since: Micros) -> Record {
-    let until = since.saturating_add(micros(record.retain).max(1));
+    let after = |instant: Micros| instant.saturating_add(micros(record.retain).max(1));
     let kept_until = match record.state {
-        State::Claimed { deadline } => until.max(deadline),
-        State::Released { not_before } => until.max(not_before),
-        State::Parked | State::Done => until,
+        State::Claimed { deadline } => after(since).max(deadline),
+        State::Released { not_before } => after(since.max(not_before)),
+        State::Parked | State::Done => after(since),
     };
     Record { kept_until, ..record }
 }

@@ -16,13 +16,13 @@ use crate::DedupKey;
 use crate::dedup::StoreError;
 use crate::dedup::protocol::{Ask, Before, Claim, Digest, Fence, Held, Record, Release, Run, State, Token};
 
-/// No length is longer: a time plus a length stays within a `bigint`. It is 146,000 years.
-pub(super) const LONGEST: u64 = 1 << 62;
+/// No length is longer: a time plus two of them, a backoff and the retention, stays within a `bigint`. It is 73,000 years.
+pub(super) const LONGEST: u64 = 1 << 61;
 
 /// When to look again at a record that another transaction holds.
 const LOCKED: Duration = Duration::from_secs(1);
 
-/// One step of the protocol, as `step_v1` takes it.
+/// One step of the protocol, as `step_v2` takes it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Call {
     op: i32,
@@ -36,7 +36,7 @@ pub(super) struct Call {
     alone: bool,
 }
 
-/// What `step_v1` answers.
+/// What `step_v2` answers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Answer {
     code: i16,
@@ -107,7 +107,7 @@ impl Call {
         let Self { op, token, fence, length, keep, generation, alone, .. } = self;
         let (Names { schema, table }, key, digest) = (names, hex_of(&self.key), quoted(self.digest));
         format!(
-            "select 1::bigint, s.* from \"{schema}\".\"{table}_step_v1\"({op}, '{key}', '{token:?}', {fence}, {length}, {keep}, {generation}, {digest}, {alone}) s"
+            "select 1::bigint, s.* from \"{schema}\".\"{table}_step_v2\"({op}, '{key}', '{token:?}', {fence}, {length}, {keep}, {generation}, {digest}, {alone}) s"
         )
     }
 }
@@ -144,7 +144,7 @@ fn statement_of_many(names: &Names, calls: &[Call]) -> String {
     let values = "a.op, a.k, a.token, a.fence, a.length, a.keep, a.generation, a.digest, a.alone";
     let _ = write!(
         text,
-        ") with ordinality a({columns}, n) cross join lateral \"{schema}\".\"{table}_step_v1\"({values}) s"
+        ") with ordinality a({columns}, n) cross join lateral \"{schema}\".\"{table}_step_v2\"({values}) s"
     );
     text
 }

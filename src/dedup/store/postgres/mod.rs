@@ -105,7 +105,7 @@ impl PostgresStore {
         let look = self.names.fill(
             "select to_regclass('\"{schema}\".\"{table}\"') is not null
                 and to_regclass('\"{schema}\".\"{table}_fence\"') is not null
-                and to_regproc('\"{schema}\".\"{table}_step_v1\"') is not null, pg_is_in_recovery()",
+                and to_regproc('\"{schema}\".\"{table}_step_v2\"') is not null, pg_is_in_recovery()",
         );
         let rows = self.ask(look).await?;
         let [row] = rows.as_slice() else {

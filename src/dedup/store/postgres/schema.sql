@@ -47,7 +47,7 @@ create index if not exists "{table}_sweep_after" on "{schema}"."{table}" (sweep_
 -- 7 dead-lettered.
 -- answer: 0 acquired, 1 in progress, 2 suspect, 3 parked, 4 done; 10 yes, 11 lost, 12 gone;
 -- 20 locked: another transaction changes the record right now, ask again; 21 a record of another format.
-create or replace function "{schema}"."{table}_step_v1"(
+create or replace function "{schema}"."{table}_step_v2"(
     op int, its_key uuid, its_token uuid, its_fence bigint, length bigint, keep bigint,
     its_generation bigint, its_digest uuid, alone boolean,
     out answer smallint, out busy_for bigint, out got_fence bigint, out got_attempt bigint,
@@ -190,7 +190,11 @@ begin
             r.suspect := false;
             r.retain := length;
         end if;
-        r.kept_until := greatest(at + greatest(r.retain, 1), r.until);
+        -- A released one is kept from the end of its backoff: that is when its message comes back. It was not, in
+        -- `step_v1`, which stays where it is for consumers of an earlier release.
+        r.kept_until := case r.state
+            when 0 then greatest(at + greatest(r.retain, 1), r.until)
+            else greatest(at, r.until) + greatest(r.retain, 1) end;
 
         if there then
             update "{schema}"."{table}" t

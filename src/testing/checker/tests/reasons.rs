@@ -111,6 +111,18 @@ fn a_window_that_is_over_forgets_failures_as_well() {
 }
 
 #[test]
+fn a_deferral_longer_than_the_window_forgets_no_failures() {
+    for (later, broken) in [(3 * HOUR, false), (5 * HOUR, true)] {
+        let mut tape = Tape::new();
+        tape.arrives("a", 1).fails(Before::First, 1, 1).arrives("a", 2).claims(Before::Failed, 2, 2);
+        tape.says(EventKind::Started).says(EventKind::Failed(Cause::Deferred));
+        tape.says(EventKind::Released(Release::Deferred { not_before: Duration::from_secs(4 * 3600) }));
+        tape.returns(Cause::Deferred, LATER).after(later).arrives("a", 3).handles(Before::First, 3, 1);
+        assert_eq!(tape.broken().is_empty(), broken, "a fresh start after {later:?}");
+    }
+}
+
+#[test]
 fn a_lost_record_is_why_its_id_runs_again_and_no_other() {
     let other = DedupKey::from_bytes([2; 16]);
     for (lost, broken) in [(None, vec![]), (Some(KEY), vec![]), (Some(other), vec!["I3"])] {

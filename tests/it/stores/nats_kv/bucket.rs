@@ -3,6 +3,8 @@
 use guestlist::broker::nats::async_nats::jetstream::stream;
 use guestlist::dedup::StoreError;
 
+use guestlist::dedup::protocol::Release;
+
 use super::server::Server;
 use super::*;
 
@@ -74,6 +76,26 @@ async fn a_queue_that_needs_more_than_the_bucket_keeps_is_refused_at_its_start()
         let text = format!("{:?}", error.unwrap_err());
         assert!(text.contains("orders") && text.contains("7200s") && text.contains("3600s"), "{text}");
     }
+}
+
+/// Else the server would drop its record meanwhile, with the attempts and the suspect mark.
+#[tokio::test]
+async fn a_deferral_longer_than_the_bucket_keeps_its_record_comes_early() {
+    use guestlist::broker::memory::MemoryBroker;
+    use guestlist::testing::Recorder;
+    use guestlist::{Backoff, Consumer, EventKind, Failure, Handled, Message, Queue};
+
+    let store = options(&unique("defer")).window(HOUR + 10 * SECOND).connect(&url()).await.unwrap();
+    let (broker, recorder) = (MemoryBroker::new(), Recorder::new());
+    broker.declare("orders");
+    broker.send("orders", Message::builder("{}").transport_id("1")).unwrap();
+    let queue = Queue::new("orders").reject_failed().store(store).observer(recorder.observer());
+    let queue = queue.backoff(Backoff::new(SECOND, 1, Duration::ZERO));
+    let queue = queue.handler(async |_: Message| -> Handled { Err(Failure::defer(24 * HOUR)) });
+    let deferred = Release::Deferred { not_before: 10 * SECOND };
+    let released = || async { recorder.count(|event| *event == EventKind::Released(deferred)) > 0 };
+    let consumer = Consumer::new(broker).queue(queue);
+    consumer.run_until(until("it is deferred for what the bucket can keep", released)).await.unwrap();
 }
 
 /// As a hand-built stack with a longer window than the bucket's asks.

@@ -9,7 +9,7 @@ use super::*;
 const KEYS: u128 = 5;
 
 /// No length is longer in this store.
-const LONGEST: Duration = Duration::from_micros(1 << 62);
+const LONGEST: Duration = Duration::from_micros(1 << 61);
 
 /// What is asked of the store and of the machine.
 #[derive(Clone, Copy, Debug)]
