@@ -7,18 +7,21 @@
 //!
 //! Headers of ours that a stranger wrote are hints, never authority: the store counts.
 
+mod marks;
+mod record;
 #[cfg(test)]
 mod tests;
+mod text;
 
 use std::collections::HashSet;
-use std::fmt::Write as _;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use bytes::Bytes;
 
-use crate::delay::LONGEST;
-use crate::message::{Headers, Source};
-use crate::{Cause, Message, MessageId, defaults};
+pub(crate) use self::marks::Marks;
+pub use self::record::DeadLetter;
+pub use self::text::{decode, encode, escape};
+use crate::{Message, MessageId, defaults};
 
 /// The prefix of every header that we write.
 pub const PREFIX: &str = "guestlist-";
@@ -30,7 +33,7 @@ pub const ATTEMPT: &str = "guestlist-attempt";
 pub const DUE: &str = "guestlist-due";
 /// How many times an operator sent this id back to work.
 pub const GENERATION: &str = "guestlist-generation";
-/// Why it is a dead letter: see [`Cause::name`].
+/// Why it is a dead letter: see [`Cause::name`](crate::Cause::name).
 pub const CAUSE: &str = "guestlist-cause";
 /// The chain of errors, escaped, at most 1 KiB.
 pub const ERROR: &str = "guestlist-error";
@@ -185,222 +188,4 @@ fn copy_id(message: &Message, purpose: &str) -> String {
     }
     part(&source.sequence.unwrap_or(0).to_le_bytes());
     hash.finalize().to_hex()[..32].to_owned()
-}
-
-/// The story of a dead letter: why it is here, and where it came from.
-///
-/// ```
-/// use guestlist::broker::copy::DeadLetter;
-/// use guestlist::{Cause, Message};
-/// let letter = Message::builder("{}").header("guestlist-cause", "exhausted").header("guestlist-attempt", "5").build();
-/// let record = DeadLetter::read(&letter).unwrap();
-/// assert_eq!(record.cause, "exhausted");
-/// assert_eq!(record.attempts, 5);
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct DeadLetter {
-    /// The cause's name, see [`Cause::name`].
-    pub cause: String,
-    /// The chain of errors, escaped, at most 1 KiB.
-    pub error: String,
-    /// How many times the id was tried.
-    pub attempts: u32,
-    /// When it failed for good, in seconds since 1970.
-    pub failed_at: Option<u64>,
-    /// Where it came from.
-    pub source: Source,
-}
-
-impl DeadLetter {
-    pub(crate) fn new(message: &Message, cause: Cause, error: &str) -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
-        Self {
-            cause: cause.name().to_owned(),
-            error: escape(error, defaults::ERROR_TEXT),
-            attempts: message.attempt(),
-            failed_at: now.map(|now| now.as_secs()),
-            source: message.source().clone(),
-        }
-    }
-
-    /// Reads the story of a dead letter; `None` if the message is not one.
-    pub fn read(letter: &Message) -> Option<Self> {
-        let marks = letter.copy_marks();
-        let text = |name| marks.story.get_str(name).map(ToOwned::to_owned);
-        Some(Self {
-            cause: text(CAUSE)?,
-            error: text(ERROR).unwrap_or_default(),
-            attempts: marks.attempt,
-            failed_at: marks.story.get_str(FAILED_AT).and_then(|at| at.parse().ok()),
-            source: letter.source().clone(),
-        })
-    }
-
-    fn headers(&self) -> Vec<(String, String)> {
-        let mut headers =
-            vec![(CAUSE.to_owned(), self.cause.clone()), (ERROR.to_owned(), self.error.clone())];
-        if let Some(at) = self.failed_at {
-            headers.push((FAILED_AT.to_owned(), at.to_string()));
-        }
-        headers
-    }
-}
-
-/// What a copy of ours carries beside the original. Empty on a message fresh from its sender.
-#[derive(Debug, Default)]
-pub(crate) struct Marks {
-    pub(crate) id: Option<MessageId>,
-    pub(crate) attempt: u32,
-    pub(crate) generation: u32,
-    pub(crate) due: Option<SystemTime>,
-    /// The original's, empty if it had none.
-    pub(crate) transport_id: Option<Bytes>,
-    /// Full names and raw values of what was moved aside.
-    pub(crate) moved: Vec<(String, Bytes)>,
-    /// The rest: source and record.
-    story: Headers,
-}
-
-impl Marks {
-    /// Takes our headers out of `headers`, and puts those that were moved aside back in.
-    pub(crate) fn take_from(headers: &mut Headers) -> Self {
-        let mut marks = Self::default();
-        for (name, value) in headers.take(|name| name.starts_with(PREFIX)) {
-            marks.read(headers, name, &value);
-        }
-        marks
-    }
-
-    fn read(&mut self, headers: &mut Headers, name: String, value: &Bytes) {
-        match name.as_str() {
-            ID => self.id = MessageId::new(decode(value)),
-            ATTEMPT => self.attempt = number(value),
-            GENERATION => self.generation = number(value),
-            DUE => self.due = time(value),
-            TRANSPORT_ID => self.transport_id = Some(decode(value)),
-            moved if moved.starts_with(MOVED_HEADER) => {
-                let original = &moved[MOVED_HEADER.len()..];
-                // We never move one of ours, nor a header without a name: forged.
-                if !original.is_empty() && !original.starts_with(PREFIX) {
-                    let value = decode(value);
-                    headers.push(original, value.clone());
-                    self.moved.push((name, value));
-                }
-            }
-            moved if moved.starts_with(MOVED_PROPERTY) => self.moved.push((name, decode(value))),
-            ERROR | CAUSE | FAILED_AT => self.story.push(name, value.clone()),
-            _ => self.story.push(name, decode(value)),
-        }
-    }
-
-    /// Shows the original's source in place of the copy's.
-    pub(crate) fn restore_source(&self, source: &mut Source) {
-        let restore = |field: &mut String, name| {
-            if let Some(text) = self.story.get_str(name) {
-                text.clone_into(field);
-            }
-        };
-        restore(&mut source.queue, QUEUE);
-        restore(&mut source.exchange, EXCHANGE);
-        restore(&mut source.routing_key, ROUTING_KEY);
-        restore(&mut source.stream, STREAM);
-        if let Some(sequence) = self.story.get_str(SEQUENCE).and_then(|s| s.parse().ok()) {
-            source.sequence = Some(sequence);
-        }
-    }
-}
-
-/// A forged number (negative, huge, text) is no number: 0.
-fn number(value: &[u8]) -> u32 {
-    std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
-}
-
-/// More than the clocks of two machines differ.
-const CLOCKS_APART: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// Milliseconds since 1970; a forged one is none, and the sender's own header counts again.
-fn time(value: &[u8]) -> Option<SystemTime> {
-    let millis = std::str::from_utf8(value).ok()?.parse().ok()?;
-    let due = UNIX_EPOCH.checked_add(Duration::from_millis(millis))?;
-    // We write none further away; the other machine's clock may be ahead.
-    let furthest = SystemTime::now() + LONGEST + CLOCKS_APART;
-    (due <= furthest).then_some(due)
-}
-
-/// Percent-encodes everything but visible ASCII, and `%`: any bytes travel as a header value.
-///
-/// ```
-/// use guestlist::broker::copy::{decode, encode};
-/// assert_eq!(encode(b"order-17"), "order-17");
-/// assert_eq!(encode(b"a\r\n%"), "a%0D%0A%25");
-/// assert_eq!(decode(b"a%0D%0A%25"), "a\r\n%");
-/// ```
-pub fn encode(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len());
-    for &byte in bytes {
-        if byte.is_ascii_graphic() && byte != b'%' {
-            text.push(char::from(byte));
-        } else {
-            let _ = write!(text, "%{byte:02X}");
-        }
-    }
-    text
-}
-
-/// Undoes [`encode`]; what is not encoded stays as it is.
-pub fn decode(text: &[u8]) -> Bytes {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((&first, tail)) = rest.split_first() {
-        match (first, tail) {
-            (b'%', [high, low, after @ ..]) if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => {
-                bytes.push(hex(*high) * 16 + hex(*low));
-                rest = after;
-            }
-            _ => {
-                bytes.push(first);
-                rest = tail;
-            }
-        }
-    }
-    bytes.into()
-}
-
-fn hex(digit: u8) -> u8 {
-    match digit {
-        b'0'..=b'9' => digit - b'0',
-        b'a'..=b'f' => digit - b'a' + 10,
-        _ => digit.wrapping_sub(b'A').wrapping_add(10),
-    }
-}
-
-/// Makes any text safe as a header value and in a log: control characters (a CR or LF would panic
-/// in one client and corrupt another's frame) and invisible ones that break lines or turn the
-/// direction of writing are escaped, and it ends after at most `max` bytes.
-///
-/// ```
-/// use guestlist::broker::copy::escape;
-/// assert_eq!(escape("no\r\nway", 100), "no\\r\\nway");
-/// assert_eq!(escape("é é", 3), "é");
-/// ```
-pub fn escape(text: &str, max: usize) -> String {
-    let mut safe = String::with_capacity(text.len().min(max));
-    for c in text.chars() {
-        let start = safe.len();
-        if c.is_control() || is_invisible(c) {
-            safe.extend(c.escape_default());
-        } else {
-            safe.push(c);
-        }
-        if safe.len() > max {
-            safe.truncate(start);
-            break;
-        }
-    }
-    safe.trim().to_owned()
-}
-
-fn is_invisible(c: char) -> bool {
-    matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
