@@ -7,6 +7,7 @@
 //!
 //! Headers of ours that a stranger wrote are hints, never authority: the store counts.
 
+pub(crate) mod history;
 mod marks;
 mod record;
 #[cfg(test)]
@@ -18,9 +19,13 @@ use std::time::UNIX_EPOCH;
 
 use bytes::Bytes;
 
+use self::history::History;
+pub use self::history::PastFailure;
 pub(crate) use self::marks::Marks;
 pub use self::record::DeadLetter;
 pub use self::text::{decode, encode, escape};
+use crate::dead_letter::redaction::Redaction;
+use crate::dead_letter::{Field, Redact};
 use crate::{Message, MessageId, defaults};
 
 /// The prefix of every header that we write.
@@ -37,8 +42,20 @@ pub const GENERATION: &str = "guestlist-generation";
 pub const CAUSE: &str = "guestlist-cause";
 /// The chain of errors, escaped, at most 1 KiB.
 pub const ERROR: &str = "guestlist-error";
-/// When the message failed, seconds since 1970.
+/// When the message failed for good, seconds since 1970.
 pub const FAILED_AT: &str = "guestlist-failed-at";
+/// When the message first failed, as far as is known: seconds since 1970. On hold copies, too.
+pub const FIRST_FAILED_AT: &str = "guestlist-first-failed-at";
+/// The last failures, see [`PastFailure`]: a JSON array of objects, at most 4 KiB with this name. On hold copies, too.
+pub const HISTORY: &str = "guestlist-history";
+/// The name of the consumer, if it was given one.
+pub const CONSUMER: &str = "guestlist-consumer";
+/// How many bytes the body had before it was cut, since nothing takes it whole.
+pub const TRUNCATED: &str = "guestlist-truncated";
+/// Of a body that was cut: the BLAKE3 hash of the whole one, in hex.
+pub const BODY_HASH: &str = "guestlist-body-hash";
+/// How many headers the message had before they were left out, since nothing takes them.
+pub const HEADERS_DROPPED: &str = "guestlist-headers-dropped";
 /// The queue or durable that it was consumed from.
 pub const QUEUE: &str = "guestlist-orig-queue";
 /// The broker it was consumed from.
@@ -66,13 +83,37 @@ pub struct Copy<'a> {
     attempt: u32,
     generation: u32,
     story: Vec<(String, String)>,
+    redaction: Option<Redaction>,
+    cut: Cut,
+}
+
+/// What of the message a copy goes without.
+#[derive(Debug, Default)]
+struct Cut {
+    body: Option<CutBody>,
+    headers: bool,
+}
+
+#[derive(Debug)]
+struct CutBody {
+    left: usize,
+    /// Of the whole.
+    hash: String,
 }
 
 impl<'a> Copy<'a> {
+    fn new(message: &'a Message, id: String, story: Vec<(String, String)>) -> Self {
+        let (attempt, generation) = (message.attempt(), message.generation());
+        Self { message, id, attempt, generation, story, redaction: None, cut: Cut::default() }
+    }
+
     /// A copy that goes to a hold queue and comes back, of a message that was tried.
     pub fn hold(message: &'a Message) -> Self {
-        let (id, attempt) = (copy_id(message, "hold"), message.attempt());
-        Self { message, id, attempt, generation: message.generation(), story: Vec::new() }
+        let history = match message.noted() {
+            Some(noted) => noted.history.headers(),
+            None => History::carried(message).headers(),
+        };
+        Self::new(message, copy_id(message, "hold"), history)
     }
 
     /// A copy that goes to a hold queue and comes back, of a message that was not tried: its
@@ -83,20 +124,77 @@ impl<'a> Copy<'a> {
 
     /// A copy for the dead letters, with its story.
     pub fn dead_letter(message: &'a Message, record: &DeadLetter) -> Self {
-        let (id, attempt) = (copy_id(message, "dead"), message.attempt());
-        Self { message, id, attempt, generation: message.generation(), story: record.headers() }
+        Self::new(message, copy_id(message, "dead"), record.headers())
     }
 
     /// A copy of the letter of this id that is worked on again, from attempt 1, in this generation.
+    /// Its history goes on: of a message that fails once more, one can read how it failed before.
     pub fn redrive(message: &'a Message, letter: &str, generation: u32) -> Self {
         // By the letter: two letters of one message are two copies, one letter redriven twice is one.
         let id = blake3::hash(format!("redrive {generation} {letter}").as_bytes()).to_hex()[..32].to_owned();
-        Self { message, id, attempt: 0, generation, story: Vec::new() }
+        Self { attempt: 0, generation, ..Self::new(message, id, History::carried(message).headers()) }
+    }
+
+    /// The same, without what this redaction takes away.
+    pub(crate) fn redacted(self, redaction: Option<&Redaction>) -> Self {
+        Self { redaction: redaction.cloned(), ..self }
+    }
+
+    /// Gives up a part of itself, since it is too large: the history, then the error's text. Then, if it may be cut,
+    /// half of its body, again and again, and the headers of the message if all else is gone or the `headers` alone are
+    /// too large. `false`: it gets no smaller.
+    pub(crate) fn shrink(&mut self, cut: bool, headers: bool) -> bool {
+        if self.drop_header(HISTORY) || self.drop_header(ERROR) {
+            return true;
+        }
+        cut && (!headers && self.cut_body() || self.drop_message_headers())
+    }
+
+    fn drop_header(&mut self, dropped: &str) -> bool {
+        let before = self.story.len();
+        self.story.retain(|(name, _)| name != dropped);
+        self.story.len() < before
+    }
+
+    fn cut_body(&mut self) -> bool {
+        let (whole, had) = (self.message.payload(), self.body().len());
+        if had > 0 {
+            let cut = || CutBody { left: had, hash: blake3::hash(whole).to_string() };
+            self.cut.body.get_or_insert_with(cut).left = had / 2;
+        }
+        had > 0
+    }
+
+    fn drop_message_headers(&mut self) -> bool {
+        let had = !self.cut.headers && !self.message.headers().is_empty();
+        self.cut.headers |= had;
+        had
+    }
+
+    /// Whether the message could be made of it again.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.cut.body.is_none() && !self.cut.headers
     }
 
     /// What is copied.
     pub fn message(&self) -> &'a Message {
         self.message
+    }
+
+    /// The copy's body: the message's, or as much of it as the destination takes.
+    pub fn body(&self) -> Bytes {
+        let whole = self.message.payload();
+        self.cut.body.as_ref().map_or_else(|| whole.clone(), |body| whole.slice(..body.left.min(whole.len())))
+    }
+
+    /// What becomes of a header of the message's on the copy: whoever publishes it asks for each that it writes as it
+    /// is. Those that it moves aside are asked about in [`moved`](Self::moved).
+    pub fn redact(&self, header: &str, value: impl FnOnce() -> Bytes) -> Redact {
+        match &self.redaction {
+            _ if self.cut.headers => Redact::Remove,
+            Some(redaction) => redaction.value(Field::Header(header), &value()),
+            None => Redact::Keep,
+        }
     }
 
     /// The copy's own transport id: the same each time this copy is published, and different
@@ -139,6 +237,13 @@ impl<'a> Copy<'a> {
         if let Some(sequence) = source.sequence {
             put(SEQUENCE, sequence.to_string());
         }
+        if let Some(body) = &self.cut.body {
+            put(TRUNCATED, message.payload().len().to_string());
+            put(BODY_HASH, body.hash.clone());
+        }
+        if self.cut.headers {
+            put(HEADERS_DROPPED, message.headers().len().to_string());
+        }
         headers.extend(self.story.iter().cloned());
         headers
     }
@@ -148,8 +253,26 @@ impl<'a> Copy<'a> {
     pub fn moved(&self, now: impl IntoIterator<Item = (String, Bytes)>) -> Vec<(String, String)> {
         let earlier = self.message.copy_marks().moved.iter().cloned();
         let mut seen = HashSet::new();
-        let all = earlier.chain(now).map(|(name, value)| (name, encode(&value)));
+        let all = earlier.chain(now).filter_map(|(name, value)| self.aside(name, &value));
         all.filter(|entry| seen.insert(entry.clone())).collect()
+    }
+
+    /// What is left of a header or property that travels aside.
+    fn aside(&self, name: String, value: &[u8]) -> Option<(String, String)> {
+        let field = match name.strip_prefix(MOVED_HEADER) {
+            Some(header) => Field::Header(header),
+            None => Field::Property(name.strip_prefix(MOVED_PROPERTY)?),
+        };
+        let kept = match &self.redaction {
+            _ if self.cut.headers => Redact::Remove,
+            Some(redaction) => redaction.value(field, value),
+            None => Redact::Keep,
+        };
+        match kept {
+            Redact::Keep => Some((name, encode(value))),
+            Redact::Remove => None,
+            Redact::Replace(text) => Some((name, encode(text.as_bytes()))),
+        }
     }
 }
 

@@ -15,7 +15,10 @@
 //! A crash between the copy and the ack may make a second copy, with the same id.
 
 mod layer;
+mod past;
+pub(crate) mod redaction;
 mod service;
 
-pub use self::layer::DeadLetterLayer;
+pub use self::layer::{DeadLetterLayer, Oversized};
+pub use self::redaction::{Field, Redact};
 pub use self::service::DeadLetterService;

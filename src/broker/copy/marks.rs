@@ -5,8 +5,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 
 use super::{
-    ATTEMPT, CAUSE, DUE, ERROR, EXCHANGE, FAILED_AT, GENERATION, ID, MOVED_HEADER, MOVED_PROPERTY, PREFIX,
-    QUEUE, ROUTING_KEY, SEQUENCE, STREAM, TRANSPORT_ID, decode,
+    ATTEMPT, CAUSE, DUE, ERROR, EXCHANGE, FAILED_AT, FIRST_FAILED_AT, GENERATION, HISTORY, ID, MOVED_HEADER,
+    MOVED_PROPERTY, PREFIX, QUEUE, ROUTING_KEY, SEQUENCE, STREAM, TRANSPORT_ID, decode,
 };
 use crate::MessageId;
 use crate::delay::LONGEST;
@@ -54,7 +54,7 @@ impl Marks {
                 }
             }
             moved if moved.starts_with(MOVED_PROPERTY) => self.moved.push((name, decode(value))),
-            ERROR | CAUSE | FAILED_AT => self.story.push(name, value.clone()),
+            ERROR | CAUSE | FAILED_AT | FIRST_FAILED_AT | HISTORY => self.story.push(name, value.clone()),
             _ => self.story.push(name, decode(value)),
         }
     }
@@ -82,7 +82,7 @@ fn number(value: &[u8]) -> u32 {
 }
 
 /// More than the clocks of two machines differ.
-const CLOCKS_APART: Duration = Duration::from_secs(24 * 60 * 60);
+pub(super) const CLOCKS_APART: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Milliseconds since 1970; a forged one is none, and the sender's own header counts again.
 fn time(value: &[u8]) -> Option<SystemTime> {
