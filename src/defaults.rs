@@ -83,7 +83,7 @@ pub const CONFIRM: Duration = Duration::from_secs(5);
 /// frames, and NATS counts them in the payload limit.
 pub const ERROR_TEXT: usize = 1024;
 
-/// A dead letter's history has the last ten failures.
+/// The most failures in a dead letter's history: the last ten.
 pub const HISTORY_FAILURES: usize = 10;
 
 /// The most bytes of a dead letter's history, header name and encoding included: 4 KiB.

@@ -6,6 +6,36 @@
 //! elsewhere or expired. Everything of ours is under one prefix, `guestlist-`.
 //!
 //! Headers of ours that a stranger wrote are hints, never authority: the store counts.
+//!
+//! # Headers
+//!
+//! Times are in seconds since 1970 unless it says otherwise. "Encoded": percent-encoded, see [`encode`]; "escaped": see
+//! [`escape`]. All are on dead letters; the last column says which other copies have them: those on *hold*, and those that
+//! are *redriven*. Without a mark a header is never left out; with ✂ it is, if the letter is too large otherwise.
+//!
+//! | header | what | also on |
+//! |---|---|---|
+//! | `guestlist-id` | the id that dedup found, encoded; missing if there was none | hold, redriven |
+//! | `guestlist-attempt` | the attempts that were counted when the copy was made | hold, redriven (0) |
+//! | `guestlist-generation` | how many times an operator sent the id back to work; missing: never | hold, redriven |
+//! | `guestlist-due` | not to be handled before: milliseconds since 1970 | hold, redriven |
+//! | `guestlist-cause` | why it is a dead letter, a word: see [`Cause::name`](crate::Cause::name) | |
+//! | `guestlist-error` ✂ | the last error and its causes, escaped, at most 1 KiB, redacted | |
+//! | `guestlist-first-failed-at` | when it first failed, as far as is known, in any generation | hold, redriven |
+//! | `guestlist-failed-at` | when it failed for good | |
+//! | `guestlist-history` ✂ | the last ten failures, the newest last: a JSON array of objects with `attempt`, `at`, `cause`, `error` (escaped, 256 bytes, redacted) and, unless it is 0, `generation`. At most 4 KiB | hold, redriven |
+//! | `guestlist-consumer` | the name of the [consumer](crate::Consumer::name) that parked it, encoded; missing if it has none | |
+//! | `guestlist-truncated` | the body is cut: how many bytes it had | what is made of a cut one |
+//! | `guestlist-body-hash` | the body is cut: BLAKE3 of the whole, in hex | the same |
+//! | `guestlist-headers-dropped` | the message's headers are left out: how many there were | the same |
+//! | `guestlist-orig-system` | `rabbitmq`, `nats` or `memory` | hold, redriven |
+//! | `guestlist-orig-queue` | the queue, or the durable, encoded | hold, redriven |
+//! | `guestlist-orig-exchange` | AMQP: the exchange it was published to, encoded | hold, redriven |
+//! | `guestlist-orig-routing-key` | AMQP: the routing key; NATS: the subject; encoded | hold, redriven |
+//! | `guestlist-orig-stream`, `guestlist-orig-sequence` | JetStream: where it was stored | hold, redriven |
+//! | `guestlist-orig-id` | the original's transport id, encoded; empty: it had none | hold, redriven |
+//! | `guestlist-orig-h-…` | a header that a broker acts on, moved aside, encoded, redacted | hold, redriven |
+//! | `guestlist-orig-p-…` | a property that a broker acts on, moved aside, encoded, redacted | hold, redriven |
 
 pub(crate) mod history;
 mod marks;
@@ -237,15 +267,26 @@ impl<'a> Copy<'a> {
         if let Some(sequence) = source.sequence {
             put(SEQUENCE, sequence.to_string());
         }
-        if let Some(body) = &self.cut.body {
-            put(TRUNCATED, message.payload().len().to_string());
-            put(BODY_HASH, body.hash.clone());
-        }
-        if self.cut.headers {
-            put(HEADERS_DROPPED, message.headers().len().to_string());
+        for (name, value) in self.cut_marks() {
+            put(name, value);
         }
         headers.extend(self.story.iter().cloned());
         headers
+    }
+
+    /// What says that this is not all of its message. A part of a part is a part of the whole.
+    fn cut_marks(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let (earlier, body) = (self.message.copy_marks(), self.cut.body.as_ref());
+        let length = body.map(|_| self.message.payload().len() as u64);
+        let hash = || body.map(|body| body.hash.clone());
+        let headers = self.cut.headers.then(|| self.message.headers().len() as u64);
+        [
+            (TRUNCATED, earlier.number(TRUNCATED).or(length).map(|length| length.to_string())),
+            (BODY_HASH, earlier.body_hash().or_else(hash)),
+            (HEADERS_DROPPED, earlier.number(HEADERS_DROPPED).or(headers).map(|count| count.to_string())),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name, value?)))
     }
 
     /// What is moved aside: what earlier copies moved, and `now` (full header names and raw

@@ -5,8 +5,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 
 use super::{
-    ATTEMPT, CAUSE, DUE, ERROR, EXCHANGE, FAILED_AT, FIRST_FAILED_AT, GENERATION, HISTORY, ID, MOVED_HEADER,
-    MOVED_PROPERTY, PREFIX, QUEUE, ROUTING_KEY, SEQUENCE, STREAM, TRANSPORT_ID, decode,
+    ATTEMPT, BODY_HASH, CAUSE, DUE, ERROR, EXCHANGE, FAILED_AT, FIRST_FAILED_AT, GENERATION, HISTORY, ID,
+    MOVED_HEADER, MOVED_PROPERTY, PREFIX, QUEUE, ROUTING_KEY, SEQUENCE, STREAM, TRANSPORT_ID, decode,
 };
 use crate::MessageId;
 use crate::delay::LONGEST;
@@ -57,6 +57,17 @@ impl Marks {
             ERROR | CAUSE | FAILED_AT | FIRST_FAILED_AT | HISTORY => self.story.push(name, value.clone()),
             _ => self.story.push(name, decode(value)),
         }
+    }
+
+    /// A number of the record.
+    pub(super) fn number(&self, name: &str) -> Option<u64> {
+        self.story.get_str(name).and_then(|text| text.parse().ok())
+    }
+
+    /// 64 hex digits; forged ones of another kind are none.
+    pub(super) fn body_hash(&self) -> Option<String> {
+        let is_hash = |text: &&str| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        self.story.get_str(BODY_HASH).filter(is_hash).map(ToOwned::to_owned)
     }
 
     /// Shows the original's source in place of the copy's.

@@ -1,9 +1,7 @@
 //! [`DeadLetter`]: the story that goes with a dead letter.
 
 use super::history::{self, History, PastFailure};
-use super::{
-    BODY_HASH, CAUSE, CONSUMER, ERROR, FAILED_AT, HEADERS_DROPPED, SYSTEM, TRUNCATED, encode, escape,
-};
+use super::{CAUSE, CONSUMER, ERROR, FAILED_AT, HEADERS_DROPPED, SYSTEM, TRUNCATED, encode, escape};
 use crate::message::Source;
 use crate::{Cause, Message, MessageId, defaults};
 
@@ -78,14 +76,13 @@ impl DeadLetter {
     }
 
     pub(crate) fn with_consumer(self, consumer: Option<&str>) -> Self {
-        Self { consumer: consumer.map(ToOwned::to_owned), ..self }
+        Self { consumer: consumer.map(|name| escape(name, LONGEST_NAME)), ..self }
     }
 
     /// Reads the story of a dead letter; `None` if the message is not one.
     pub fn read(letter: &Message) -> Option<Self> {
         let marks = letter.copy_marks();
         let text = |name| marks.story.get_str(name).map(ToOwned::to_owned);
-        let number = |name| marks.story.get_str(name).and_then(|text| text.parse().ok());
         let history = History::carried(letter);
         Some(Self {
             cause: text(CAUSE)?,
@@ -94,13 +91,13 @@ impl DeadLetter {
             generation: letter.generation(),
             attempts: marks.attempt,
             first_failed_at: history.first_at(),
-            failed_at: number(FAILED_AT),
+            failed_at: marks.number(FAILED_AT),
             history: history.into_entries(),
             source: source(letter),
             consumer: text(CONSUMER),
-            truncated: number(TRUNCATED),
-            body_hash: text(BODY_HASH),
-            headers_dropped: number(HEADERS_DROPPED),
+            truncated: marks.number(TRUNCATED),
+            body_hash: marks.body_hash(),
+            headers_dropped: marks.number(HEADERS_DROPPED),
         })
     }
 
@@ -118,6 +115,9 @@ impl DeadLetter {
         headers
     }
 }
+
+/// Of a consumer's name: the record must fit.
+const LONGEST_NAME: usize = 256;
 
 /// The original's. Its broker may be another one than the letter lies at.
 fn source(letter: &Message) -> Source {

@@ -422,7 +422,9 @@ fn two_accounts_of_one_story_become_one() {
     let at = |attempt, at| PastFailure { at, ..failure(attempt, "no") };
     let history = |entries: &[PastFailure]| {
         let mut history = History::default();
-        entries.iter().for_each(|entry| history.add(entry.clone()));
+        for entry in entries {
+            history.add(entry.clone());
+        }
         history
     };
     let mut merged = history(&[at(1, 10), at(3, 30)]);
@@ -499,6 +501,26 @@ fn the_story_gives_way_to_the_message_and_the_body_to_its_headers() {
     assert_eq!((read.truncated, read.headers_dropped, read.is_whole()), (Some(4), Some(1), false));
     assert_eq!(read.body_hash, Some(blake3::hash(b"body").to_string()));
     assert_eq!((read.id, read.first_failed_at.is_some()), (MessageId::new("1"), true), "what names it stays");
+}
+
+#[test]
+fn what_is_made_of_a_part_says_that_it_is_one() {
+    let message = failed("no");
+    let record = DeadLetter::new(&message, Cause::Permanent, "no");
+    let mut copy = Copy::dead_letter(&message, &record);
+    while copy.shrink(true, false) {}
+    let letter = come_back(&Message::builder("").build(), &copy);
+    let redriven = come_back(&letter, &Copy::redrive(&letter, "letter", 1));
+    let held = come_back(&redriven, &Copy::hold(&redriven));
+    let again = come_back(&held, &Copy::dead_letter(&held, &record));
+    let (read, first) = (DeadLetter::read(&again).unwrap(), DeadLetter::read(&letter).unwrap());
+    assert_eq!((read.truncated, read.headers_dropped, &read.body_hash), (Some(4), Some(1), &first.body_hash));
+    for forged in ["", "x", "-1", "zz\r\n"] {
+        let message = Message::builder("").header(TRUNCATED, forged).header(BODY_HASH, forged).build();
+        assert!(
+            Copy::hold(&message).headers().iter().all(|(name, _)| name != TRUNCATED && name != BODY_HASH)
+        );
+    }
 }
 
 #[test]

@@ -269,8 +269,8 @@ async fn a_message_that_just_fits_can_still_be_delayed() {
     let queue = queue.hold_steps([Duration::from_millis(300)]).handler(handler);
     let consumer = Consumer::new(broker).queue(queue);
     let status = consumer.status();
-    let handled = || status.queue(&spec.name).is_some_and(|queue| queue.handled == 1);
-    consumer.run_until(until("it is handled", || async { handled() })).await.unwrap();
+    let done = || status.queue(&spec.name).is_some_and(|queue| queue.handled == 1);
+    consumer.run_until(until("it is handled", || async { done() })).await.unwrap();
     let queue = status.queue(&spec.name).unwrap();
     assert_eq!((queue.unsettled, queue.received), (0, 2), "{queue:?}");
 }
