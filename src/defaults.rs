@@ -83,6 +83,16 @@ pub const CONFIRM: Duration = Duration::from_secs(5);
 /// frames, and NATS counts them in the payload limit.
 pub const ERROR_TEXT: usize = 1024;
 
+/// The most failures in a dead letter's history: the last ten.
+pub const HISTORY_FAILURES: usize = 10;
+
+/// The most bytes of a dead letter's history, header name and encoding included: 4 KiB.
+pub const HISTORY: usize = 4096;
+
+/// What a process remembers of the failures of ids that are not done, for each queue: 8 MiB, some 3,000 full histories.
+/// The oldest go first.
+pub const HISTORY_MEMORY: u64 = 8 * 1024 * 1024;
+
 /// The longest message id, in bytes: 4 KiB. A longer one is an invalid id, not a hash of itself.
 pub const MAX_ID: usize = 4096;
 

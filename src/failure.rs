@@ -142,6 +142,8 @@ impl fmt::Display for Cause {
 struct Inner {
     class: FailureClass,
     cause: Cause,
+    /// The cause before somebody found that the attempts are spent.
+    origin: Cause,
     error: BoxError,
     claim: Option<HeldClaim>,
     plan: Option<Plan>,
@@ -167,7 +169,7 @@ impl Failure {
     }
 
     pub(crate) fn new(class: FailureClass, cause: Cause, error: impl Into<BoxError>) -> Self {
-        Self(Box::new(Inner { class, cause, error: error.into(), claim: None, plan: None }))
+        Self(Box::new(Inner { class, cause, origin: cause, error: error.into(), claim: None, plan: None }))
     }
 
     /// A failure that is nobody's fault and goes a fixed way.
@@ -185,6 +187,11 @@ impl Failure {
     /// The reason.
     pub fn cause(&self) -> Cause {
         self.0.cause
+    }
+
+    /// The reason at first: the handler's, where the attempts turned out to be spent.
+    pub(crate) fn origin(&self) -> Cause {
+        self.0.origin
     }
 
     /// The error behind it.

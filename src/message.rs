@@ -3,12 +3,13 @@
 use std::any::Any;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use bytes::Bytes;
 
 use crate::broker::copy;
+use crate::broker::copy::history::Noted;
 use crate::dedup::RunContext;
 use crate::identity::Identified;
 
@@ -172,6 +173,8 @@ struct Parts {
     due: OnceLock<SystemTime>,
     /// The lease was lost or `max_run` is over: heartbeats to the broker stop.
     forsaken: AtomicBool,
+    /// How it failed, once it has: for the copies that are made of it, and for the log.
+    noted: Mutex<Option<Arc<Noted>>>,
 }
 
 impl Message {
@@ -347,6 +350,17 @@ impl Message {
     pub(crate) fn forsaken(&self) -> bool {
         self.parts.forsaken.load(Ordering::Relaxed)
     }
+
+    /// How this delivery failed; the last word counts.
+    pub(crate) fn note(&self, noted: Noted) -> Arc<Noted> {
+        let noted = Arc::new(noted);
+        *self.parts.noted.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&noted));
+        noted
+    }
+
+    pub(crate) fn noted(&self) -> Option<Arc<Noted>> {
+        self.parts.noted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 impl fmt::Debug for Message {
@@ -390,6 +404,7 @@ impl MessageBuilder {
             attempt: AtomicU32::new(0),
             due: OnceLock::new(),
             forsaken: AtomicBool::new(false),
+            noted: Mutex::new(None),
         })
     }
 

@@ -35,7 +35,7 @@ use tower_service::Service;
 use crate::broker::{Broker, Facts};
 use crate::consumer::{ConfigError, QueueConfig, check};
 use crate::dead_letter::DeadLetterLayer;
-use crate::dedup::DedupLayer;
+use crate::dedup::{self, DedupLayer};
 use crate::delay::DelayLayer;
 use crate::events::Events;
 use crate::handler::{Arguments, Handled, Handler, HandlerService, Needs};
@@ -198,10 +198,17 @@ fn dead_letter(
     gate: &Gate,
     events: &Events,
 ) -> DeadLetterLayer {
-    DeadLetterLayer::to(broker, config.spec.dead_letter.clone())
+    let layer = DeadLetterLayer::to(broker, config.spec.dead_letter.clone())
         .with_pause_hold(config.pause_hold)
+        .with_oversized(config.oversized)
+        .redacted_by(config.redaction.clone())
+        .with_kept(dedup::retain(config.dedup.window, config.backoff.cap()))
         .with_gate(gate.clone())
-        .with_events(events.clone())
+        .with_events(events.clone());
+    match &config.consumer {
+        Some(name) => layer.with_consumer(name),
+        None => layer,
+    }
 }
 
 fn redeliver(config: &QueueConfig, broker: &dyn Broker) -> RedeliverLayer {

@@ -6,19 +6,57 @@
 //! elsewhere or expired. Everything of ours is under one prefix, `guestlist-`.
 //!
 //! Headers of ours that a stranger wrote are hints, never authority: the store counts.
+//!
+//! # Headers
+//!
+//! Times are in seconds since 1970 unless it says otherwise. "Encoded": percent-encoded, see [`encode`]; "escaped": see
+//! [`escape`]. All are on dead letters; the last column says which other copies have them: those on *hold*, and those that
+//! are *redriven*. Without a mark a header is never left out; with ✂ it is, if the letter is too large otherwise.
+//!
+//! | header | what | also on |
+//! |---|---|---|
+//! | `guestlist-id` | the id that dedup found, encoded; missing if there was none | hold, redriven |
+//! | `guestlist-attempt` | the attempts that were counted when the copy was made | hold, redriven (0) |
+//! | `guestlist-generation` | how many times an operator sent the id back to work; missing: never | hold, redriven |
+//! | `guestlist-due` | not to be handled before: milliseconds since 1970 | hold, redriven |
+//! | `guestlist-cause` | why it is a dead letter, a word: see [`Cause::name`](crate::Cause::name) | |
+//! | `guestlist-error` ✂ | the last error and its causes, escaped, at most 1 KiB, redacted | |
+//! | `guestlist-first-failed-at` | when it first failed, as far as is known, in any generation | hold, redriven |
+//! | `guestlist-failed-at` | when it failed for good | |
+//! | `guestlist-history` ✂ | the last ten failures, the newest last: a JSON array of objects with `attempt`, `at`, `cause`, `error` (escaped, 256 bytes, redacted) and, unless it is 0, `generation`. At most 4 KiB | hold, redriven |
+//! | `guestlist-consumer` | the name of the [consumer](crate::Consumer::name) that parked it, encoded; missing if it has none | |
+//! | `guestlist-truncated` | the body is cut: how many bytes it had | what is made of a cut one |
+//! | `guestlist-body-hash` | the body is cut: BLAKE3 of the whole, in hex | the same |
+//! | `guestlist-headers-dropped` | the message's headers are left out: how many there were | the same |
+//! | `guestlist-orig-system` | `rabbitmq`, `nats` or `memory` | hold, redriven |
+//! | `guestlist-orig-queue` | the queue, or the durable, encoded | hold, redriven |
+//! | `guestlist-orig-exchange` | AMQP: the exchange it was published to, encoded | hold, redriven |
+//! | `guestlist-orig-routing-key` | AMQP: the routing key; NATS: the subject; encoded | hold, redriven |
+//! | `guestlist-orig-stream`, `guestlist-orig-sequence` | JetStream: where it was stored | hold, redriven |
+//! | `guestlist-orig-id` | the original's transport id, encoded; empty: it had none | hold, redriven |
+//! | `guestlist-orig-h-…` | a header that a broker acts on, moved aside, encoded, redacted | hold, redriven |
+//! | `guestlist-orig-p-…` | a property that a broker acts on, moved aside, encoded, redacted | hold, redriven |
 
+pub(crate) mod history;
+mod marks;
+mod record;
 #[cfg(test)]
 mod tests;
+mod text;
 
 use std::collections::HashSet;
-use std::fmt::Write as _;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use bytes::Bytes;
 
-use crate::delay::LONGEST;
-use crate::message::{Headers, Source};
-use crate::{Cause, Message, MessageId, defaults};
+use self::history::History;
+pub use self::history::PastFailure;
+pub(crate) use self::marks::Marks;
+pub use self::record::DeadLetter;
+pub use self::text::{decode, encode, escape};
+use crate::dead_letter::redaction::Redaction;
+use crate::dead_letter::{Field, Redact};
+use crate::{Message, MessageId, defaults};
 
 /// The prefix of every header that we write.
 pub const PREFIX: &str = "guestlist-";
@@ -30,12 +68,24 @@ pub const ATTEMPT: &str = "guestlist-attempt";
 pub const DUE: &str = "guestlist-due";
 /// How many times an operator sent this id back to work.
 pub const GENERATION: &str = "guestlist-generation";
-/// Why it is a dead letter: see [`Cause::name`].
+/// Why it is a dead letter: see [`Cause::name`](crate::Cause::name).
 pub const CAUSE: &str = "guestlist-cause";
 /// The chain of errors, escaped, at most 1 KiB.
 pub const ERROR: &str = "guestlist-error";
-/// When the message failed, seconds since 1970.
+/// When the message failed for good, seconds since 1970.
 pub const FAILED_AT: &str = "guestlist-failed-at";
+/// When the message first failed, as far as is known: seconds since 1970. On hold copies, too.
+pub const FIRST_FAILED_AT: &str = "guestlist-first-failed-at";
+/// The last failures, see [`PastFailure`]: a JSON array of objects, at most 4 KiB with this name. On hold copies, too.
+pub const HISTORY: &str = "guestlist-history";
+/// The name of the consumer, if it was given one.
+pub const CONSUMER: &str = "guestlist-consumer";
+/// How many bytes the body had before it was cut, since nothing takes it whole.
+pub const TRUNCATED: &str = "guestlist-truncated";
+/// Of a body that was cut: the BLAKE3 hash of the whole one, in hex.
+pub const BODY_HASH: &str = "guestlist-body-hash";
+/// How many headers the message had before they were left out, since nothing takes them.
+pub const HEADERS_DROPPED: &str = "guestlist-headers-dropped";
 /// The queue or durable that it was consumed from.
 pub const QUEUE: &str = "guestlist-orig-queue";
 /// The broker it was consumed from.
@@ -63,13 +113,37 @@ pub struct Copy<'a> {
     attempt: u32,
     generation: u32,
     story: Vec<(String, String)>,
+    redaction: Option<Redaction>,
+    cut: Cut,
+}
+
+/// What of the message a copy goes without.
+#[derive(Debug, Default)]
+struct Cut {
+    body: Option<CutBody>,
+    headers: bool,
+}
+
+#[derive(Debug)]
+struct CutBody {
+    left: usize,
+    /// Of the whole.
+    hash: String,
 }
 
 impl<'a> Copy<'a> {
+    fn new(message: &'a Message, id: String, story: Vec<(String, String)>) -> Self {
+        let (attempt, generation) = (message.attempt(), message.generation());
+        Self { message, id, attempt, generation, story, redaction: None, cut: Cut::default() }
+    }
+
     /// A copy that goes to a hold queue and comes back, of a message that was tried.
     pub fn hold(message: &'a Message) -> Self {
-        let (id, attempt) = (copy_id(message, "hold"), message.attempt());
-        Self { message, id, attempt, generation: message.generation(), story: Vec::new() }
+        let history = match message.noted() {
+            Some(noted) => noted.history.headers(),
+            None => History::carried(message).headers(),
+        };
+        Self::new(message, copy_id(message, "hold"), history)
     }
 
     /// A copy that goes to a hold queue and comes back, of a message that was not tried: its
@@ -80,20 +154,77 @@ impl<'a> Copy<'a> {
 
     /// A copy for the dead letters, with its story.
     pub fn dead_letter(message: &'a Message, record: &DeadLetter) -> Self {
-        let (id, attempt) = (copy_id(message, "dead"), message.attempt());
-        Self { message, id, attempt, generation: message.generation(), story: record.headers() }
+        Self::new(message, copy_id(message, "dead"), record.headers())
     }
 
     /// A copy of the letter of this id that is worked on again, from attempt 1, in this generation.
+    /// Its history goes on: of a message that fails once more, one can read how it failed before.
     pub fn redrive(message: &'a Message, letter: &str, generation: u32) -> Self {
         // By the letter: two letters of one message are two copies, one letter redriven twice is one.
         let id = blake3::hash(format!("redrive {generation} {letter}").as_bytes()).to_hex()[..32].to_owned();
-        Self { message, id, attempt: 0, generation, story: Vec::new() }
+        Self { attempt: 0, generation, ..Self::new(message, id, History::carried(message).headers()) }
+    }
+
+    /// The same, without what this redaction takes away.
+    pub(crate) fn redacted(self, redaction: Option<&Redaction>) -> Self {
+        Self { redaction: redaction.cloned(), ..self }
+    }
+
+    /// Gives up a part of itself, since it is too large: the history, then the error's text. Then, if it may be cut,
+    /// half of its body, again and again, and the headers of the message if all else is gone or the `headers` alone are
+    /// too large. `false`: it gets no smaller.
+    pub(crate) fn shrink(&mut self, cut: bool, headers: bool) -> bool {
+        if self.drop_header(HISTORY) || self.drop_header(ERROR) {
+            return true;
+        }
+        cut && (!headers && self.cut_body() || self.drop_message_headers())
+    }
+
+    fn drop_header(&mut self, dropped: &str) -> bool {
+        let before = self.story.len();
+        self.story.retain(|(name, _)| name != dropped);
+        self.story.len() < before
+    }
+
+    fn cut_body(&mut self) -> bool {
+        let (whole, had) = (self.message.payload(), self.body().len());
+        if had > 0 {
+            let cut = || CutBody { left: had, hash: blake3::hash(whole).to_string() };
+            self.cut.body.get_or_insert_with(cut).left = had / 2;
+        }
+        had > 0
+    }
+
+    fn drop_message_headers(&mut self) -> bool {
+        let had = !self.cut.headers && !self.message.headers().is_empty();
+        self.cut.headers |= had;
+        had
+    }
+
+    /// Whether the message could be made of it again.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.cut.body.is_none() && !self.cut.headers
     }
 
     /// What is copied.
     pub fn message(&self) -> &'a Message {
         self.message
+    }
+
+    /// The copy's body: the message's, or as much of it as the destination takes.
+    pub fn body(&self) -> Bytes {
+        let whole = self.message.payload();
+        self.cut.body.as_ref().map_or_else(|| whole.clone(), |body| whole.slice(..body.left.min(whole.len())))
+    }
+
+    /// What becomes of a header of the message's on the copy: whoever publishes it asks for each that it writes as it
+    /// is. Those that it moves aside are asked about in [`moved`](Self::moved).
+    pub fn redact(&self, header: &str, value: impl FnOnce() -> Bytes) -> Redact {
+        match &self.redaction {
+            _ if self.cut.headers => Redact::Remove,
+            Some(redaction) => redaction.value(Field::Header(header), &value()),
+            None => Redact::Keep,
+        }
     }
 
     /// The copy's own transport id: the same each time this copy is published, and different
@@ -136,8 +267,26 @@ impl<'a> Copy<'a> {
         if let Some(sequence) = source.sequence {
             put(SEQUENCE, sequence.to_string());
         }
+        for (name, value) in self.cut_marks() {
+            put(name, value);
+        }
         headers.extend(self.story.iter().cloned());
         headers
+    }
+
+    /// What says that this is not all of its message. A part of a part is a part of the whole.
+    fn cut_marks(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let (earlier, body) = (self.message.copy_marks(), self.cut.body.as_ref());
+        let length = body.map(|_| self.message.payload().len() as u64);
+        let hash = || body.map(|body| body.hash.clone());
+        let headers = self.cut.headers.then(|| self.message.headers().len() as u64);
+        [
+            (TRUNCATED, earlier.number(TRUNCATED).or(length).map(|length| length.to_string())),
+            (BODY_HASH, earlier.body_hash().or_else(hash)),
+            (HEADERS_DROPPED, earlier.number(HEADERS_DROPPED).or(headers).map(|count| count.to_string())),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name, value?)))
     }
 
     /// What is moved aside: what earlier copies moved, and `now` (full header names and raw
@@ -145,8 +294,26 @@ impl<'a> Copy<'a> {
     pub fn moved(&self, now: impl IntoIterator<Item = (String, Bytes)>) -> Vec<(String, String)> {
         let earlier = self.message.copy_marks().moved.iter().cloned();
         let mut seen = HashSet::new();
-        let all = earlier.chain(now).map(|(name, value)| (name, encode(&value)));
+        let all = earlier.chain(now).filter_map(|(name, value)| self.aside(name, &value));
         all.filter(|entry| seen.insert(entry.clone())).collect()
+    }
+
+    /// What is left of a header or property that travels aside.
+    fn aside(&self, name: String, value: &[u8]) -> Option<(String, String)> {
+        let field = match name.strip_prefix(MOVED_HEADER) {
+            Some(header) => Field::Header(header),
+            None => Field::Property(name.strip_prefix(MOVED_PROPERTY)?),
+        };
+        let kept = match &self.redaction {
+            _ if self.cut.headers => Redact::Remove,
+            Some(redaction) => redaction.value(field, value),
+            None => Redact::Keep,
+        };
+        match kept {
+            Redact::Keep => Some((name, encode(value))),
+            Redact::Remove => None,
+            Redact::Replace(text) => Some((name, encode(text.as_bytes()))),
+        }
     }
 }
 
@@ -185,222 +352,4 @@ fn copy_id(message: &Message, purpose: &str) -> String {
     }
     part(&source.sequence.unwrap_or(0).to_le_bytes());
     hash.finalize().to_hex()[..32].to_owned()
-}
-
-/// The story of a dead letter: why it is here, and where it came from.
-///
-/// ```
-/// use guestlist::broker::copy::DeadLetter;
-/// use guestlist::{Cause, Message};
-/// let letter = Message::builder("{}").header("guestlist-cause", "exhausted").header("guestlist-attempt", "5").build();
-/// let record = DeadLetter::read(&letter).unwrap();
-/// assert_eq!(record.cause, "exhausted");
-/// assert_eq!(record.attempts, 5);
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct DeadLetter {
-    /// The cause's name, see [`Cause::name`].
-    pub cause: String,
-    /// The chain of errors, escaped, at most 1 KiB.
-    pub error: String,
-    /// How many times the id was tried.
-    pub attempts: u32,
-    /// When it failed for good, in seconds since 1970.
-    pub failed_at: Option<u64>,
-    /// Where it came from.
-    pub source: Source,
-}
-
-impl DeadLetter {
-    pub(crate) fn new(message: &Message, cause: Cause, error: &str) -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
-        Self {
-            cause: cause.name().to_owned(),
-            error: escape(error, defaults::ERROR_TEXT),
-            attempts: message.attempt(),
-            failed_at: now.map(|now| now.as_secs()),
-            source: message.source().clone(),
-        }
-    }
-
-    /// Reads the story of a dead letter; `None` if the message is not one.
-    pub fn read(letter: &Message) -> Option<Self> {
-        let marks = letter.copy_marks();
-        let text = |name| marks.story.get_str(name).map(ToOwned::to_owned);
-        Some(Self {
-            cause: text(CAUSE)?,
-            error: text(ERROR).unwrap_or_default(),
-            attempts: marks.attempt,
-            failed_at: marks.story.get_str(FAILED_AT).and_then(|at| at.parse().ok()),
-            source: letter.source().clone(),
-        })
-    }
-
-    fn headers(&self) -> Vec<(String, String)> {
-        let mut headers =
-            vec![(CAUSE.to_owned(), self.cause.clone()), (ERROR.to_owned(), self.error.clone())];
-        if let Some(at) = self.failed_at {
-            headers.push((FAILED_AT.to_owned(), at.to_string()));
-        }
-        headers
-    }
-}
-
-/// What a copy of ours carries beside the original. Empty on a message fresh from its sender.
-#[derive(Debug, Default)]
-pub(crate) struct Marks {
-    pub(crate) id: Option<MessageId>,
-    pub(crate) attempt: u32,
-    pub(crate) generation: u32,
-    pub(crate) due: Option<SystemTime>,
-    /// The original's, empty if it had none.
-    pub(crate) transport_id: Option<Bytes>,
-    /// Full names and raw values of what was moved aside.
-    pub(crate) moved: Vec<(String, Bytes)>,
-    /// The rest: source and record.
-    story: Headers,
-}
-
-impl Marks {
-    /// Takes our headers out of `headers`, and puts those that were moved aside back in.
-    pub(crate) fn take_from(headers: &mut Headers) -> Self {
-        let mut marks = Self::default();
-        for (name, value) in headers.take(|name| name.starts_with(PREFIX)) {
-            marks.read(headers, name, &value);
-        }
-        marks
-    }
-
-    fn read(&mut self, headers: &mut Headers, name: String, value: &Bytes) {
-        match name.as_str() {
-            ID => self.id = MessageId::new(decode(value)),
-            ATTEMPT => self.attempt = number(value),
-            GENERATION => self.generation = number(value),
-            DUE => self.due = time(value),
-            TRANSPORT_ID => self.transport_id = Some(decode(value)),
-            moved if moved.starts_with(MOVED_HEADER) => {
-                let original = &moved[MOVED_HEADER.len()..];
-                // We never move one of ours, nor a header without a name: forged.
-                if !original.is_empty() && !original.starts_with(PREFIX) {
-                    let value = decode(value);
-                    headers.push(original, value.clone());
-                    self.moved.push((name, value));
-                }
-            }
-            moved if moved.starts_with(MOVED_PROPERTY) => self.moved.push((name, decode(value))),
-            ERROR | CAUSE | FAILED_AT => self.story.push(name, value.clone()),
-            _ => self.story.push(name, decode(value)),
-        }
-    }
-
-    /// Shows the original's source in place of the copy's.
-    pub(crate) fn restore_source(&self, source: &mut Source) {
-        let restore = |field: &mut String, name| {
-            if let Some(text) = self.story.get_str(name) {
-                text.clone_into(field);
-            }
-        };
-        restore(&mut source.queue, QUEUE);
-        restore(&mut source.exchange, EXCHANGE);
-        restore(&mut source.routing_key, ROUTING_KEY);
-        restore(&mut source.stream, STREAM);
-        if let Some(sequence) = self.story.get_str(SEQUENCE).and_then(|s| s.parse().ok()) {
-            source.sequence = Some(sequence);
-        }
-    }
-}
-
-/// A forged number (negative, huge, text) is no number: 0.
-fn number(value: &[u8]) -> u32 {
-    std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
-}
-
-/// More than the clocks of two machines differ.
-const CLOCKS_APART: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// Milliseconds since 1970; a forged one is none, and the sender's own header counts again.
-fn time(value: &[u8]) -> Option<SystemTime> {
-    let millis = std::str::from_utf8(value).ok()?.parse().ok()?;
-    let due = UNIX_EPOCH.checked_add(Duration::from_millis(millis))?;
-    // We write none further away; the other machine's clock may be ahead.
-    let furthest = SystemTime::now() + LONGEST + CLOCKS_APART;
-    (due <= furthest).then_some(due)
-}
-
-/// Percent-encodes everything but visible ASCII, and `%`: any bytes travel as a header value.
-///
-/// ```
-/// use guestlist::broker::copy::{decode, encode};
-/// assert_eq!(encode(b"order-17"), "order-17");
-/// assert_eq!(encode(b"a\r\n%"), "a%0D%0A%25");
-/// assert_eq!(decode(b"a%0D%0A%25"), "a\r\n%");
-/// ```
-pub fn encode(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len());
-    for &byte in bytes {
-        if byte.is_ascii_graphic() && byte != b'%' {
-            text.push(char::from(byte));
-        } else {
-            let _ = write!(text, "%{byte:02X}");
-        }
-    }
-    text
-}
-
-/// Undoes [`encode`]; what is not encoded stays as it is.
-pub fn decode(text: &[u8]) -> Bytes {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((&first, tail)) = rest.split_first() {
-        match (first, tail) {
-            (b'%', [high, low, after @ ..]) if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => {
-                bytes.push(hex(*high) * 16 + hex(*low));
-                rest = after;
-            }
-            _ => {
-                bytes.push(first);
-                rest = tail;
-            }
-        }
-    }
-    bytes.into()
-}
-
-fn hex(digit: u8) -> u8 {
-    match digit {
-        b'0'..=b'9' => digit - b'0',
-        b'a'..=b'f' => digit - b'a' + 10,
-        _ => digit.wrapping_sub(b'A').wrapping_add(10),
-    }
-}
-
-/// Makes any text safe as a header value and in a log: control characters (a CR or LF would panic
-/// in one client and corrupt another's frame) and invisible ones that break lines or turn the
-/// direction of writing are escaped, and it ends after at most `max` bytes.
-///
-/// ```
-/// use guestlist::broker::copy::escape;
-/// assert_eq!(escape("no\r\nway", 100), "no\\r\\nway");
-/// assert_eq!(escape("é é", 3), "é");
-/// ```
-pub fn escape(text: &str, max: usize) -> String {
-    let mut safe = String::with_capacity(text.len().min(max));
-    for c in text.chars() {
-        let start = safe.len();
-        if c.is_control() || is_invisible(c) {
-            safe.extend(c.escape_default());
-        } else {
-            safe.push(c);
-        }
-        if safe.len() > max {
-            safe.truncate(start);
-            break;
-        }
-    }
-    safe.trim().to_owned()
-}
-
-fn is_invisible(c: char) -> bool {
-    matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }

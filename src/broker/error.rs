@@ -27,6 +27,8 @@ pub enum BrokerErrorKind {
     Unknown,
     /// The copy is larger than the broker takes.
     TooLarge,
+    /// The copy's headers are larger than the broker takes, however short its body is.
+    HeadersTooLarge,
     /// The subscription or channel that the delivery came by is gone: it is delivered again.
     Closed,
 }
@@ -47,6 +49,10 @@ impl BrokerError {
     /// What kind of thing went wrong.
     pub const fn kind(&self) -> BrokerErrorKind {
         self.kind
+    }
+
+    pub(crate) const fn is_too_large(&self) -> bool {
+        matches!(self.kind, BrokerErrorKind::TooLarge | BrokerErrorKind::HeadersTooLarge)
     }
 
     /// Whether trying again is pointless.

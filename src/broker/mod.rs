@@ -83,9 +83,12 @@ pub trait Broker: Debug + Send + Sync + 'static {
     /// Publishes a copy. `Ok` means *confirmed and routed*: the broker has it, in a place that
     /// keeps it. Publishing the same copy again is harmless.
     ///
+    /// It writes [`Copy::body`], of the message's headers what [`Copy::redact`] lets through, [`Copy::moved`] and
+    /// [`Copy::headers`].
+    ///
     /// # Errors
     ///
-    /// [`BrokerErrorKind::NotRouted`], [`BrokerErrorKind::TooLarge`] and `Refused` say that the
+    /// [`BrokerErrorKind::NotRouted`], [`BrokerErrorKind::TooLarge`], `HeadersTooLarge` and `Refused` say that the
     /// copy is not there; any other kind that it may or may not be.
     async fn publish(&self, to: &Destination, copy: &Copy<'_>) -> Result<(), BrokerError>;
 

@@ -8,6 +8,8 @@ use thiserror::Error;
 
 use super::check::{self, Finding, Settings, Severity};
 use crate::broker::{Facts, HoldSteps, QueueSpec};
+use crate::dead_letter::Oversized;
+use crate::dead_letter::redaction::Redaction;
 use crate::dedup::{DedupLayer, DedupStore, MemoryStore, SharedStore, StorePolicy, retain};
 use crate::handler::Needs;
 use crate::inbox::Inbox;
@@ -32,6 +34,10 @@ pub(crate) struct QueueConfig {
     pub(crate) concurrency: usize,
     pub(crate) pause_hold: Duration,
     pub(crate) reject_failed: bool,
+    pub(crate) oversized: Oversized,
+    pub(crate) redaction: Option<Redaction>,
+    /// The consumer's name.
+    pub(crate) consumer: Option<String>,
     /// The hold steps are the user's, not ours to add to.
     pub(crate) own_holds: bool,
     pub(crate) observer: Option<Arc<dyn Observer>>,
@@ -113,6 +119,9 @@ impl QueueConfig {
             concurrency: defaults::CONCURRENCY,
             pause_hold: defaults::PAUSE_HOLD,
             reject_failed: false,
+            oversized: Oversized::default(),
+            redaction: None,
+            consumer: None,
             own_holds: false,
             observer: None,
         }

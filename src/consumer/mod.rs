@@ -58,6 +58,7 @@ pub struct Consumer {
     stores: Stores,
     drain: Duration,
     status: Status,
+    name: Option<String>,
 }
 
 impl Consumer {
@@ -82,7 +83,7 @@ impl Consumer {
     /// As [`new`](Self::new), for a broker that is shared.
     pub fn over(broker: Arc<dyn Broker>) -> Self {
         let (queues, stores, status) = (Vec::new(), Stores::default(), Status::default());
-        Self { broker, queues, stores, drain: defaults::DRAIN, status }
+        Self { broker, queues, stores, drain: defaults::DRAIN, status, name: None }
     }
 
     /// Consumes this queue as well.
@@ -104,6 +105,14 @@ impl Consumer {
     #[must_use]
     pub fn store_url(mut self, url: impl Into<String>) -> Self {
         self.stores.default = StoreChoice::At(url.into());
+        self
+    }
+
+    /// The name of this consumer among those of the same queues, for the records of the messages that it parks: a
+    /// deployment's or a machine's, say. None by default: where a program runs is not told without being asked for.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
         self
     }
 
@@ -165,9 +174,10 @@ impl Consumer {
     /// Dropped before it ends, it loses nothing: handlers are interrupted, their claims are
     /// released or run out, and the broker delivers again what was not acked.
     pub async fn run_until(self, stop: impl Future<Output = ()> + Send) -> Result<(), Error> {
-        let Self { broker, queues, mut stores, drain, status } = self;
+        let Self { broker, queues, mut stores, drain, status, name } = self;
         let mut starts = Vec::new();
         for queue in queues {
+            let queue = queue.named(name.clone());
             starts.push(queue.prepare(&broker, &mut stores, &status, drain).await?);
         }
         if starts.is_empty() {

@@ -14,6 +14,8 @@ use super::session::Line;
 use super::status::Status;
 use super::stores::Stores;
 use crate::broker::{AmqpOptions, Broker, Declare, Destination, HoldSteps, NatsOptions};
+use crate::dead_letter::redaction::Redaction;
+use crate::dead_letter::{Field, Oversized, Redact};
 use crate::dedup::{DedupLayer, SharedStore, StorePolicy, Suspects};
 use crate::delivery::BoxFuture;
 use crate::handler::{Arguments, Handled, Handler, HandlerService, Needs};
@@ -100,6 +102,37 @@ impl Queue {
     #[must_use]
     pub fn reject_failed(self) -> Self {
         self.set(|config| config.reject_failed = true)
+    }
+
+    /// What becomes of a message that is too large for the dead letters (NATS: `max_payload`, which counts headers; AMQP:
+    /// a frame of headers, or `max_message_size`), even without the history and the error's text: by default it stays with
+    /// its queue.
+    #[must_use]
+    pub fn oversized(self, oversized: Oversized) -> Self {
+        self.set(|config| config.oversized = oversized)
+    }
+
+    /// Asks this function about each value that is about to lie with the dead letters, where other people read it: the
+    /// headers of the message, those moved aside because a broker would act on them included, and the text of each error.
+    /// Error texts are asked about once, when the message fails; what is left goes on hold copies and into the log as well.
+    ///
+    /// ```
+    /// use guestlist::dead_letter::{Field, Redact};
+    /// use guestlist::prelude::*;
+    ///
+    /// let queue = Queue::new("charges").dead_letter("charges.dead").redact(|field, _value| match field {
+    ///     Field::Header(name) if name.eq_ignore_ascii_case("authorization") => Redact::Remove,
+    ///     Field::Error => Redact::Replace("see the log of the bank".to_owned()),
+    ///     _ => Redact::Keep,
+    /// });
+    /// ```
+    ///
+    /// Not asked about: body, ids, content type, routing key and our own headers, which a redrive needs; the other AMQP
+    /// properties; hold copies, whose message must come back whole. A letter that is redriven lacks what was taken away.
+    /// A value at which the function panics stays away.
+    #[must_use]
+    pub fn redact(self, redact: impl Fn(Field<'_>, &[u8]) -> Redact + Send + Sync + 'static) -> Self {
+        self.set(|config| config.redaction = Some(Redaction::new(redact)))
     }
 
     /// Makes the queue, stream, durable and dead-letter destination if they are missing. Without it, missing ones
@@ -316,6 +349,10 @@ impl Queue {
             Err(error) => findings.insert(0, Finding::refused(&self.config.spec.name, &error)),
         }
         Ok(findings)
+    }
+
+    pub(super) fn named(self, consumer: Option<String>) -> Self {
+        self.set(|config| config.consumer = consumer)
     }
 
     pub(crate) fn into_config(self) -> QueueConfig {

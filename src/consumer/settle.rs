@@ -98,7 +98,9 @@ fn report(message: &Message, answer: &Result<Outcome, Failure>) {
     match answer {
         Err(failure) if matches!(failure.cause(), Cause::InProgress | Cause::Scheduled) => {}
         Err(failure) => {
-            let error = escape(&failure.chain(), defaults::ERROR_TEXT);
+            // What the dead letters may not show, the log may not either.
+            let noted = message.noted().map(|noted| noted.error.clone());
+            let error = noted.unwrap_or_else(|| escape(&failure.chain(), defaults::ERROR_TEXT));
             tracing::warn!(target: "guestlist", delivery, attempt = message.attempt(), cause = failure.cause().name(), error, "a delivery failed; it comes again");
         }
         Ok(Outcome::DeadLettered(cause)) => {

@@ -8,8 +8,12 @@ use std::time::Duration;
 use tokio::time::{sleep, sleep_until};
 use tower_service::Service;
 
+use super::layer::Oversized;
+use super::past::Past;
+use super::redaction::Redaction;
 use crate::backoff::Backoff;
 use crate::broker::copy::DeadLetter;
+use crate::broker::copy::history::Noted;
 use crate::broker::{Broker, BrokerError, BrokerErrorKind, Copy, Destination};
 use crate::clock::from_now;
 use crate::dedup::{HeldClaim, Release};
@@ -18,7 +22,7 @@ use crate::events::{EventKind, Events};
 use crate::pause::{Away, Gate};
 use crate::pipeline::OutsideDedup;
 use crate::settlement::{self, Plan};
-use crate::{BoxError, Cause, Failure, FailureClass, Message, Outcome};
+use crate::{BoxError, Cause, Disposition, Failure, FailureClass, Message, Outcome};
 
 /// Middleware that parks what cannot be handled. See the [module docs](super).
 #[derive(Clone)]
@@ -32,6 +36,10 @@ pub(super) struct Letterbox {
     pub(super) broker: Arc<dyn Broker>,
     pub(super) to: Option<Destination>,
     pub(super) pause_hold: Duration,
+    pub(super) oversized: Oversized,
+    pub(super) redaction: Option<Redaction>,
+    pub(super) consumer: Option<String>,
+    pub(super) past: Past,
     pub(super) gate: Gate,
     pub(super) events: Events,
 }
@@ -79,17 +87,23 @@ where
 impl Letterbox {
     async fn failed(&self, message: Message, failure: Failure) -> Result<Outcome, BoxError> {
         let parks = settlement::parks(failure.class(), failure.plan().is_some());
-        let handled = if parks { self.park(&message, failure).await } else { Err(failure) };
+        let noted = counts(&failure).then(|| self.past.note(&message, &failure, self.redaction.as_ref()));
+        let handled = match noted {
+            Some(noted) if parks => self.park(&message, failure, &noted).await,
+            _ => Err(failure),
+        };
         handled.map_err(Failure::into_error)
     }
 
     /// copy, confirmed and routed → release(DeadLettered) → `Ok`, and so the ack.
-    async fn park(&self, message: &Message, mut failure: Failure) -> Result<Outcome, Failure> {
+    async fn park(&self, message: &Message, mut failure: Failure, noted: &Noted) -> Result<Outcome, Failure> {
         let cause = failure.cause();
         let Some(to) = &self.to else {
             return Err(rejected(failure));
         };
-        let record = DeadLetter::new(message, cause, &failure.chain());
+        let record = DeadLetter::new(message, cause, &noted.error)
+            .with_history(noted.history.clone())
+            .with_consumer(self.consumer.as_deref());
         if let Err(cause) = self.publish(message, to, &record, &failure).await {
             return Err(kept(failure, cause));
         }
@@ -108,7 +122,8 @@ impl Letterbox {
         record: &DeadLetter,
         failure: &Failure,
     ) -> Result<(), Cause> {
-        let copy = Copy::dead_letter(message, record);
+        let mut copy = Copy::dead_letter(message, record).redacted(self.redaction.as_ref());
+        let cut = self.oversized == Oversized::Truncate;
         // A second of grace: with a consumer around, it cancels first, so that what is abandoned
         // does not come straight back.
         let give_up_at = from_now(self.pause_hold.saturating_add(Duration::from_secs(1)));
@@ -119,9 +134,13 @@ impl Letterbox {
             }
             let Err(error) = self.broker.publish(to, &copy).await else {
                 self.gate.open(Away::DeadLetters);
+                warn_cut(to, &copy);
                 return Ok(());
             };
-            if error.kind() == BrokerErrorKind::TooLarge {
+            if error.is_too_large() {
+                if copy.shrink(cut, error.kind() == BrokerErrorKind::HeadersTooLarge) {
+                    continue;
+                }
                 warn_too_large(to, &error);
                 return Err(Cause::TooLarge);
             }
@@ -145,6 +164,24 @@ impl Letterbox {
         tracing::warn!(
             target: "guestlist", to = to.name(), %error, failures,
             "a dead letter was not confirmed; the queue pauses and the copy is published again"
+        );
+    }
+}
+
+/// A failed attempt, or a message that will never be handled: not what only waits, or is handed back.
+fn counts(failure: &Failure) -> bool {
+    match failure.plan() {
+        Some(plan) => matches!(plan.disposition, Disposition::Requeue { .. }),
+        None => !matches!(failure.class(), FailureClass::Deferred(_)),
+    }
+}
+
+fn warn_cut(to: &Destination, copy: &Copy<'_>) {
+    if !copy.is_whole() {
+        let (delivery, body) = (copy.message().delivery_number(), copy.body().len());
+        tracing::warn!(
+            target: "guestlist", to = to.name(), delivery, body, whole = copy.message().payload().len(),
+            "a message was too large for the dead letters: only a part of it is there"
         );
     }
 }

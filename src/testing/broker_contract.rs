@@ -164,6 +164,7 @@ pub async fn broker_contract(fixture: &dyn BrokerFixture) {
         the_same_copy_published_twice_is_there
         ids_of_any_bytes_survive_on_copies
         a_copy_gives_no_message_an_id
+        a_copy_goes_without_what_was_taken_from_it
         a_missing_dead_letter_destination_is_refused_by_name
         preparing_twice_changes_nothing
         each_queue_has_a_scope_of_its_own

@@ -34,6 +34,8 @@ mod middleware;
 #[cfg(feature = "nats")]
 mod nats_broker;
 #[cfg(feature = "testing")]
+mod records;
+#[cfg(feature = "testing")]
 mod stopping;
 #[cfg(feature = "testing")]
 mod stores;

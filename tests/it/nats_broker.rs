@@ -17,7 +17,8 @@ use guestlist::broker::{
     Broker, BrokerError, BrokerErrorKind, Copy, Declare, Destination, NatsOptions, QueueSpec, Subscription,
     copy,
 };
-use guestlist::{Delivery, Disposition, Message};
+use guestlist::dead_letter::{Field, Oversized, Redact};
+use guestlist::{Consumer, Delivery, Disposition, Message, Queue};
 use tokio::time::{Instant, sleep, timeout};
 
 /// What has not happened after this long will not happen.
@@ -704,23 +705,95 @@ async fn a_duplicate_counts_only_while_the_first_is_there() {
     settle(delivery, Disposition::Ack).await;
 }
 
-#[tokio::test]
-async fn a_copy_that_is_too_large_gives_up_the_errors_text_first() {
-    let server = Server::start("max_payload: 4096\n").await;
-    let nats = Nats::connect(&server.url()).await.expect("connects");
-    let spec = queue("too-large");
-    nats.prepare(&spec).await.expect("prepared");
+/// The letter of a message that leaves this much of `max_payload` free; none: it stayed with its queue.
+async fn parked_with(
+    spare: usize,
+    server: &Server,
+    oversized: Oversized,
+) -> Option<(copy::DeadLetter, usize)> {
+    let (nats, spec) = (Nats::connect(&server.url()).await.expect("connects"), queue("sizes"));
     let js = stranger_at(&server.url()).await;
-    let of = |size: usize| Message::builder(vec![b'x'; size]).transport_id(size.to_string()).build();
-    for (size, has_text) in [(1000, true), (3500, false)] {
-        park(&nats, &dead(&spec), &of(size)).await.expect("parked");
-        let sequence = stored(&js, dead(&spec).name()).await;
-        let stream = js.get_stream(dead(&spec).name()).await.expect("there");
-        let found = stream.get_raw_message(sequence).await.expect("stored");
-        assert_eq!(found.headers.get(copy::ERROR).is_some(), has_text, "{size}");
-        assert_eq!(found.headers.get(copy::CAUSE).expect("a cause").as_str(), "exhausted");
+    let handler = async |_: Message| Err(guestlist::Failure::permanent("e".repeat(1000)));
+    let queue = Queue::new(spec.name.as_str()).declare().dead_letter(dead(&spec)).oversized(oversized);
+    let consumer = Consumer::new(nats).queue(queue.handler(handler));
+    let status = consumer.status();
+    let settled = || {
+        let queue = status.queue(&spec.name).unwrap_or_default();
+        !queue.dead_letters.is_empty() || queue.failures.get("too_large") == Some(&1)
+    };
+    let run = consumer.run_until(async {
+        until("it runs", || async { status.is_healthy() }).await;
+        send_with(
+            &js,
+            &spec.name,
+            &[("Nats-Msg-Id", "1"), ("tenant", "7")],
+            &vec![b'x'; MAX_PAYLOAD - spare],
+        )
+        .await;
+        until("it is parked, or refused", || async { settled() }).await;
+    });
+    run.await.expect("it ends well");
+    let stream = js.get_stream(dead(&spec).name()).await.expect("there");
+    let kept = stored(&js, &spec.name).await;
+    let Ok(letter) = stream.get_raw_message(1).await else {
+        assert_eq!(kept, 1, "it is still with its queue");
+        return None;
+    };
+    assert_eq!(letter.headers.get("tenant").map(HeaderValue::as_str), Some("7"));
+    let mut message = Message::builder(letter.payload.clone());
+    for (name, values) in letter.headers.iter() {
+        message = message.header(name.to_string(), values[0].as_str().to_owned());
     }
-    assert_eq!(kind_of(park(&nats, &dead(&spec), &of(4096)).await), BrokerErrorKind::TooLarge);
+    Some((copy::DeadLetter::read(&message.build()).expect("a record"), letter.payload.len()))
+}
+
+const MAX_PAYLOAD: usize = 8192;
+
+#[tokio::test]
+async fn a_letter_larger_than_max_payload_gives_up_its_story_and_then_stays_or_is_cut_as_the_queue_says() {
+    let server = Server::start(&format!("max_payload: {MAX_PAYLOAD}\n")).await;
+    for (spare, history, error) in [(3000, 1, 1000), (1500, 0, 1000), (900, 0, 0)] {
+        let (record, length) = parked_with(spare, &server, Oversized::Keep).await.expect("parked");
+        assert_eq!((record.history.len(), record.error.len()), (history, error), "{spare}");
+        assert_eq!(
+            (length, record.is_whole(), record.cause.as_str()),
+            (MAX_PAYLOAD - spare, true, "permanent")
+        );
+    }
+    assert!(parked_with(100, &server, Oversized::Keep).await.is_none());
+    let (record, length) = parked_with(100, &server, Oversized::Truncate).await.expect("parked");
+    let whole = MAX_PAYLOAD - 100;
+    assert_eq!((length, record.truncated), (whole / 2, u64::try_from(whole).ok()));
+    assert_eq!(record.body_hash, Some(blake3::hash(&vec![b'x'; whole]).to_string()));
+}
+
+#[tokio::test]
+async fn what_travels_aside_is_redacted_too() {
+    let (nats, spec, js) = (nats().await, queue("aside"), stranger().await);
+    let hide = |field: Field<'_>, _: &[u8]| match field {
+        Field::Header("Nats-Card") => Redact::Remove,
+        Field::Header("Nats-Name") => Redact::Replace("somebody".to_owned()),
+        _ => Redact::Keep,
+    };
+    let handler = async |_: Message| Err(guestlist::Failure::permanent("no"));
+    let queue =
+        Queue::new(spec.name.as_str()).declare().dead_letter(dead(&spec)).redact(hide).handler(handler);
+    let consumer = Consumer::new(nats).queue(queue);
+    let status = consumer.status();
+    let headers =
+        [("Nats-Card", "4111"), ("Nats-Name", "hunter2"), ("Nats-Else", "kept"), ("Nats-Msg-Id", "1")];
+    let run = consumer.run_until(async {
+        until("it runs", || async { status.is_healthy() }).await;
+        send_with(&js, &spec.name, &headers, b"x").await;
+        until("it is parked", || async { status.queues()[0].dead_letters.len() == 1 }).await;
+    });
+    run.await.expect("it ends well");
+    let letter = letters(dead(&spec).name()).await.remove(0);
+    let shown = |name| letter.headers().get_str(name);
+    assert_eq!(
+        (shown("Nats-Card"), shown("Nats-Name"), shown("Nats-Else")),
+        (None, Some("somebody"), Some("kept"))
+    );
 }
 
 #[tokio::test]

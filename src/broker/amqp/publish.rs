@@ -15,6 +15,7 @@ use super::source::{bytes_of, is_brokers};
 use super::topology::queue_name;
 use crate::Message;
 use crate::broker::{BrokerError, BrokerErrorKind, Copy, copy};
+use crate::dead_letter::Redact;
 
 /// How many copies may be on their way at once, each on a channel of its own: lapin attaches a
 /// returned message to the wrong confirm when a channel has several unconfirmed.
@@ -57,7 +58,8 @@ impl Publisher {
         let Ok(_permit) = self.permits.acquire().await else { return Err(unknown(queue, confirm)) };
         let lane = self.lane(confirm).await?;
         fits(&properties, lane.frame_max)?;
-        let sent = send(&lane.channel, name, properties, copy.message().payload());
+        let body = copy.body();
+        let sent = send(&lane.channel, name, properties, &body);
         // Neither a channel with an open question nor a closed one goes back to the idle ones.
         let answer = match timeout(confirm, sent).await {
             Ok(Ok(answer)) => answer,
@@ -149,7 +151,7 @@ fn fits(properties: &BasicProperties, frame_max: FrameSize) -> Result<(), Broker
     }
     let what =
         format!("the headers of the copy need {size} bytes, and the broker takes {frame_max} in a frame");
-    Err(BrokerError::new(BrokerErrorKind::TooLarge, what))
+    Err(BrokerError::new(BrokerErrorKind::HeadersTooLarge, what))
 }
 
 /// Nine short strings of at most 256 bytes each, numbers, and the frame around them.
@@ -174,8 +176,8 @@ fn value_size(value: &AMQPValue) -> usize {
 fn properties(copy: &Copy<'_>) -> BasicProperties {
     let message = copy.message();
     let (kept, headers, moved) = match message.native::<BasicProperties>() {
-        Some(native) => of_native(native),
-        None => of_foreign(message),
+        Some(native) => of_native(native, copy),
+        None => of_foreign(copy),
     };
     let mut headers = headers;
     for (name, value) in copy.headers().into_iter().chain(copy.moved(moved)) {
@@ -194,7 +196,7 @@ macro_rules! keep {
     }};
 }
 
-fn of_native(native: &BasicProperties) -> Parts {
+fn of_native(native: &BasicProperties, copy: &Copy<'_>) -> Parts {
     // Not user_id (the broker compares it with ours), not expiration (the copy would vanish), not
     // delivery_mode.
     let kept = keep!(native:
@@ -206,7 +208,7 @@ fn of_native(native: &BasicProperties) -> Parts {
     let mut headers = FieldTable::default();
     for (name, value) in native.headers().as_ref().map(FieldTable::inner).into_iter().flatten() {
         match fate(name.as_str()) {
-            Fate::Kept => put(&mut headers, name.as_str(), value.clone()),
+            Fate::Kept => put_redacted(&mut headers, copy, name.as_str(), value.clone()),
             Fate::Moved => moved.push((moved_header(name.as_str()), bytes_of(value).into())),
             Fate::Dropped => {}
         }
@@ -250,7 +252,8 @@ fn moved_header(name: &str) -> String {
 }
 
 /// A message that came by another broker, or was made by hand.
-fn of_foreign(message: &Message) -> Parts {
+fn of_foreign(copy: &Copy<'_>) -> Parts {
+    let message = copy.message();
     let mut headers = FieldTable::default();
     let mut moved = Vec::new();
     let restored = &message.copy_marks().moved;
@@ -260,7 +263,9 @@ fn of_foreign(message: &Message) -> Parts {
             continue;
         }
         match fate(name) {
-            Fate::Kept => put(&mut headers, name, AMQPValue::LongString(value.to_vec().into())),
+            Fate::Kept => {
+                put_redacted(&mut headers, copy, name, AMQPValue::LongString(value.to_vec().into()));
+            }
             Fate::Moved => moved.push((moved_header(name), value.clone())),
             Fate::Dropped => {}
         }
@@ -285,6 +290,14 @@ fn foreign_properties(message: &Message) -> BasicProperties {
         kept = kept.with_timestamp(at.as_secs());
     }
     kept
+}
+
+fn put_redacted(headers: &mut FieldTable, copy: &Copy<'_>, name: &str, value: AMQPValue) {
+    match copy.redact(name, || bytes_of(&value).into()) {
+        Redact::Keep => put(headers, name, value),
+        Redact::Remove => {}
+        Redact::Replace(text) => put(headers, name, AMQPValue::LongString(text.into())),
+    }
 }
 
 /// AMQP has one value for a name; a second one makes it a list.

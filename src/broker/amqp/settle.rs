@@ -131,7 +131,7 @@ impl Settler {
         let holds = Arc::clone(&self.holds);
         let original = Original { lane: Some(self.lane.clone()), tag };
         async move {
-            match holds.publish(&copy(&message), delay).await {
+            match publish(&holds, copy(&message), delay).await {
                 Ok(()) => original.ack(),
                 Err(error) => {
                     tokio::time::sleep(FAILED_COPY_PAUSE).await;
@@ -141,6 +141,16 @@ impl Settler {
             }
         }
         .boxed()
+    }
+}
+
+/// A message that fits is not refused for the history that we add to it.
+async fn publish(holds: &Holds, mut copy: Copy<'_>, delay: Duration) -> Result<(), BrokerError> {
+    loop {
+        match holds.publish(&copy, delay).await {
+            Err(error) if error.is_too_large() && copy.shrink(false, false) => {}
+            answer => return answer,
+        }
     }
 }
 

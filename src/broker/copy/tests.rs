@@ -1,7 +1,11 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use super::history::{History, Noted, PastFailure};
+use super::text::is_invisible;
 use super::*;
+use crate::Cause;
+use crate::message::Source;
 
 fn bytes(max: usize) -> impl Strategy<Value = Vec<u8>> {
     vec(any::<u8>(), 0..max)
@@ -90,10 +94,10 @@ proptest! {
             let moved = copy.moved([("guestlist-orig-p-expiration".to_owned(), id.clone().into())]);
             for (name, value) in copy.headers().iter().chain(&moved) {
                 prop_assert!(name.starts_with(PREFIX) && is_plain(name), "{name}");
-                let free_text = name == ERROR;
+                let free_text = name == ERROR || name == HISTORY;
                 prop_assert!(is_plain(value) || free_text, "{name}: {value}");
                 prop_assert!(!value.chars().any(char::is_control), "{name}: {value}");
-                prop_assert!(!free_text || value.len() <= defaults::ERROR_TEXT);
+                prop_assert!(name != ERROR || value.len() <= defaults::ERROR_TEXT);
             }
         }
     }
@@ -164,6 +168,9 @@ fn name() -> impl Strategy<Value = String> {
         Just(CAUSE),
         Just(ERROR),
         Just(FAILED_AT),
+        Just(FIRST_FAILED_AT),
+        Just(HISTORY),
+        Just(TRUNCATED),
         Just(QUEUE),
         Just(SEQUENCE),
         Just(TRANSPORT_ID),
@@ -300,4 +307,271 @@ fn a_transports_id_that_nobody_looked_for_does_not_become_the_id_of_its_copies()
     let copy = come_back(&message, &Copy::hold(&message));
     assert_eq!(copy.logical_id(), Some(&id));
     assert_eq!(copy.transport_id(), message.transport_id());
+}
+
+fn failure(attempt: u32, error: &str) -> PastFailure {
+    let message = Message::builder("").header(ATTEMPT, attempt.saturating_sub(1).to_string()).build();
+    PastFailure::new(&message, Cause::CrashSuspected, error)
+}
+
+/// What the wire has of a history.
+fn size(history: &History) -> usize {
+    history
+        .headers()
+        .iter()
+        .filter(|(name, _)| name == HISTORY)
+        .map(|(name, value)| name.len() + value.len() + 4)
+        .sum()
+}
+
+/// A message that came with this history.
+fn with_history(value: impl Into<Bytes>) -> Message {
+    Message::builder("").header(HISTORY, value).build()
+}
+
+/// Headers of a stranger: broken, huge, or nearly ours.
+fn forged_history() -> impl Strategy<Value = Vec<u8>> {
+    let entry = (text(300), any::<u32>(), any::<u64>(), text(20)).prop_map(|(error, attempt, at, cause)| {
+        let (at, cause) = (if attempt % 2 == 0 { at } else { at % 2_000_000_000 }, if at % 2 == 0 { "timeout" } else { &cause });
+        serde_json::json!({ "attempt": attempt, "at": at, "cause": cause, "error": error, "generation": attempt })
+    });
+    let list =
+        vec(entry, 0..20).prop_map(|entries| serde_json::Value::Array(entries).to_string().into_bytes());
+    let odd = prop_oneof![
+        Just(r#"[{"attempt":-1,"at":1,"cause":"timeout"}]"#),
+        Just(r#"[{"attempt":1,"at":1,"cause":"a\r\nb","error":7}]"#),
+        Just("{}"),
+        Just("[[[[[[[[[["),
+        Just("null"),
+        Just(""),
+    ];
+    prop_oneof![list, bytes(300), odd.prop_map(|text| text.as_bytes().to_vec()), Just(vec![b'['; 200_000])]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(50))]
+
+    #[test]
+    fn a_history_is_bounded_and_always_has_the_newest(
+        forged in forged_history(),
+        errors in vec(text(400), 1..14),
+        quotes in any::<bool>(),
+    ) {
+        let mut history = History::carried(&with_history(forged));
+        prop_assert!(size(&history) <= defaults::HISTORY);
+        for (attempt, error) in (1..).zip(&errors) {
+            let error = if quotes { "\"\\".repeat(300) } else { error.clone() };
+            let newest = failure(attempt, &error);
+            history.add(newest.clone());
+            prop_assert!(size(&history) <= defaults::HISTORY, "{} bytes", size(&history));
+            let headers = history.headers();
+            let back = headers.iter().fold(Message::builder(""), |back, (name, value)| back.header(name.clone(), value.clone()));
+            let back = History::carried(&back.build());
+            prop_assert_eq!(&back, &History::carried(&back_of(&back)), "it stays as it is");
+            let entries = back.into_entries();
+            prop_assert_eq!(entries.last(), Some(&newest));
+            prop_assert!(entries.len() <= 10);
+            for (name, value) in &headers {
+                prop_assert!(!value.chars().any(char::is_control), "{name}: {value}");
+            }
+        }
+    }
+
+    #[test]
+    fn merged_histories_are_bounded_and_in_order(one in forged_history(), other in forged_history()) {
+        let mut merged = History::carried(&with_history(one));
+        merged.merge(&History::carried(&with_history(other)));
+        prop_assert!(size(&merged) <= defaults::HISTORY);
+        let first = merged.first_at();
+        let times: Vec<u64> = merged.into_entries().iter().map(|entry| entry.at).collect();
+        prop_assert!(times.is_sorted() && times.len() <= 10);
+        prop_assert!(first <= times.first().copied().or(first));
+    }
+}
+
+fn back_of(history: &History) -> Message {
+    let headers = history.headers();
+    headers.into_iter().fold(Message::builder(""), |back, (name, value)| back.header(name, value)).build()
+}
+
+#[test]
+fn ten_failures_of_the_longest_kind_have_room() {
+    let mut history = History::default();
+    for attempt in u32::MAX - 11..=u32::MAX {
+        history.add(PastFailure { generation: u32::MAX, ..failure(attempt, &"\"".repeat(1000)) });
+    }
+    assert_eq!(back_of(&history).copy_marks().story.len(), 2);
+    assert_eq!(history.into_entries().len(), defaults::HISTORY_FAILURES);
+}
+
+#[test]
+fn a_history_of_the_future_is_forged() {
+    let now = std::time::SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    for (at, known) in [(now, 1), (now + 3600, 1), (now + 3 * 86_400, 0), (u64::MAX, 0)] {
+        let entry = format!(r#"[{{"attempt":1,"at":{at},"cause":"timeout"}}]"#);
+        let message =
+            Message::builder("").header(HISTORY, entry).header(FIRST_FAILED_AT, at.to_string()).build();
+        let history = History::carried(&message);
+        assert_eq!(history.first_at().is_some(), known == 1, "{at}");
+        assert_eq!(history.into_entries().len(), known, "{at}");
+    }
+}
+
+#[test]
+fn two_accounts_of_one_story_become_one() {
+    let at = |attempt, at| PastFailure { at, ..failure(attempt, "no") };
+    let history = |entries: &[PastFailure]| {
+        let mut history = History::default();
+        for entry in entries {
+            history.add(entry.clone());
+        }
+        history
+    };
+    let mut merged = history(&[at(1, 10), at(3, 30)]);
+    merged.merge(&history(&[at(2, 20), at(3, 30), at(5, 50)]));
+    assert_eq!(merged.first_at(), Some(10));
+    let attempts: Vec<u32> = merged.into_entries().iter().map(|entry| entry.attempt).collect();
+    assert_eq!(attempts, [1, 2, 3, 5], "the fourth died with its process");
+}
+
+#[test]
+fn refusals_that_spend_no_attempt_leave_one_entry() {
+    let mut history = History::default();
+    for error in ["first", "6 attempts were made", "6 attempts were made, again"] {
+        history.add(failure(if error == "first" { 1 } else { 6 }, error));
+    }
+    let errors: Vec<String> = history.into_entries().into_iter().map(|entry| entry.error).collect();
+    assert_eq!(errors, ["first", "6 attempts were made, again"]);
+}
+
+/// One that failed, with a story.
+fn failed(error: &str) -> Message {
+    let message = Message::builder("body").transport_id("1").header("tenant", "7").build();
+    let mut history = History::default();
+    history.add(failure(1, error));
+    message.note(Noted { error: error.to_owned(), history });
+    message
+}
+
+#[test]
+fn a_history_goes_on_over_holds_dead_letters_and_redrives() {
+    let once = come_back(&failed("no"), &Copy::hold(&failed("no")));
+    let released = come_back(&once, &Copy::release(&once));
+    let record = DeadLetter::new(&released, Cause::Exhausted, "no more");
+    let letter = come_back(&released, &Copy::dead_letter(&released, &record));
+    let read = DeadLetter::read(&letter).unwrap();
+    assert_eq!((read.history.len(), read.history[0].error.as_str()), (1, "no"));
+    assert_eq!(read.first_failed_at, Some(read.history[0].at));
+    let redriven = come_back(&letter, &Copy::redrive(&letter, "letter", 1));
+    assert_eq!(DeadLetter::read(&redriven), None);
+    let mut history = History::carried(&redriven);
+    history.add(PastFailure::new(&redriven, Cause::Timeout, "again"));
+    let known: Vec<(u32, u32)> =
+        history.into_entries().iter().map(|entry| (entry.generation, entry.attempt)).collect();
+    assert_eq!(known, [(0, 1), (1, 1)]);
+}
+
+#[test]
+fn the_story_gives_way_to_the_message_and_the_body_to_its_headers() {
+    let message = failed("no");
+    let record =
+        DeadLetter::new(&message, Cause::Permanent, "no").with_history(History::carried(&back_of(&{
+            let mut history = History::default();
+            history.add(failure(1, "no"));
+            history
+        })));
+    let mut copy = Copy::dead_letter(&message, &record);
+    let has = |copy: &Copy<'_>, name: &str| copy.headers().iter().any(|(other, _)| other == name);
+    assert!(has(&copy, HISTORY) && has(&copy, ERROR));
+    assert!(copy.shrink(false, false) && !has(&copy, HISTORY) && has(&copy, ERROR));
+    assert!(copy.shrink(false, false) && !has(&copy, ERROR));
+    assert!(
+        !copy.shrink(false, false) && copy.is_whole() && !has(&copy, TRUNCATED),
+        "that is all without a cut"
+    );
+    for left in [2, 1, 0] {
+        assert!(copy.shrink(true, false));
+        assert_eq!(copy.body(), &"body"[..left]);
+        assert!(matches!(copy.redact("tenant", Bytes::new), Redact::Keep));
+    }
+    assert!(copy.shrink(true, false) && matches!(copy.redact("tenant", Bytes::new), Redact::Remove));
+    assert!(!copy.shrink(true, false), "nothing is left to give");
+    let letter = come_back(&Message::builder(copy.body()).build(), &copy);
+    let read = DeadLetter::read(&letter).unwrap();
+    assert_eq!((read.truncated, read.headers_dropped, read.is_whole()), (Some(4), Some(1), false));
+    assert_eq!(read.body_hash, Some(blake3::hash(b"body").to_string()));
+    assert_eq!((read.id, read.first_failed_at.is_some()), (MessageId::new("1"), true), "what names it stays");
+}
+
+#[test]
+fn what_is_made_of_a_part_says_that_it_is_one() {
+    let message = failed("no");
+    let record = DeadLetter::new(&message, Cause::Permanent, "no");
+    let mut copy = Copy::dead_letter(&message, &record);
+    while copy.shrink(true, false) {}
+    let letter = come_back(&Message::builder("").build(), &copy);
+    let redriven = come_back(&letter, &Copy::redrive(&letter, "letter", 1));
+    let held = come_back(&redriven, &Copy::hold(&redriven));
+    let again = come_back(&held, &Copy::dead_letter(&held, &record));
+    let (read, first) = (DeadLetter::read(&again).unwrap(), DeadLetter::read(&letter).unwrap());
+    assert_eq!((read.truncated, read.headers_dropped, &read.body_hash), (Some(4), Some(1), &first.body_hash));
+    for forged in ["", "x", "-1", "zz\r\n"] {
+        let message = Message::builder("").header(TRUNCATED, forged).header(BODY_HASH, forged).build();
+        assert!(
+            Copy::hold(&message).headers().iter().all(|(name, _)| name != TRUNCATED && name != BODY_HASH)
+        );
+    }
+}
+
+#[test]
+fn headers_that_are_too_large_alone_do_not_cost_the_body() {
+    let message = Message::builder("body").header("wide", "w").header("guestlist-orig-h-CC", "c").build();
+    let mut copy = Copy::hold(&message);
+    assert!(copy.shrink(true, true) && !copy.shrink(true, true));
+    assert_eq!((copy.body(), copy.moved([])), (Bytes::from("body"), Vec::new()));
+}
+
+#[test]
+fn a_message_without_a_body_is_not_said_to_be_cut() {
+    let empty = Message::builder("").build();
+    let mut copy = Copy::hold(&empty);
+    assert!(!copy.shrink(true, false) && copy.is_whole());
+}
+
+#[test]
+fn a_redaction_sees_the_senders_values_and_nothing_of_ours() {
+    let asked = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let seen = std::sync::Arc::clone(&asked);
+    let redaction = Redaction::new(move |field, value| {
+        seen.lock().unwrap().push((format!("{field:?}"), String::from_utf8_lossy(value).into_owned()));
+        match field {
+            Field::Header("CC") => Redact::Replace("x\r\ny".to_owned()),
+            Field::Property("expiration") => Redact::Remove,
+            Field::Header("boom") => panic!("a value that was not expected"),
+            _ => Redact::Keep,
+        }
+    });
+    let message = Message::builder("body")
+        .header(ID, "17")
+        .header(GENERATION, "3")
+        .header("guestlist-orig-h-CC", "secret%20cc")
+        .header("guestlist-orig-p-expiration", "60000")
+        .header("guestlist-orig-p-user_id", "guest")
+        .build();
+    let record = DeadLetter::new(&message, Cause::Permanent, "no");
+    let plain = Copy::dead_letter(&message, &record);
+    let copy = Copy::dead_letter(&message, &record).redacted(Some(&redaction));
+    assert_eq!(copy.headers(), plain.headers());
+    assert_eq!(
+        copy.moved([]),
+        [
+            ("guestlist-orig-h-CC".to_owned(), encode(b"x\\r\\ny")),
+            ("guestlist-orig-p-user_id".to_owned(), "guest".to_owned()),
+        ]
+    );
+    assert!(matches!(copy.redact("boom", || "secret".into()), Redact::Remove), "who panics shows nothing");
+    assert!(matches!(copy.redact("tenant", || "7".into()), Redact::Keep));
+    let asked = asked.lock().unwrap();
+    assert!(asked.contains(&(r#"Header("CC")"#.to_owned(), "secret cc".to_owned())), "{asked:?}");
+    assert!(!asked.iter().any(|(field, _)| field.contains("guestlist")), "{asked:?}");
 }

@@ -4,6 +4,7 @@ use super::{MemoryBroker, PublishFault};
 use crate::Message;
 use crate::broker::copy::MOVED_PROPERTY;
 use crate::broker::{BrokerError, BrokerErrorKind, Copy, Destination};
+use crate::dead_letter::Redact;
 use crate::message::MessageBuilder;
 
 pub(super) fn publish(broker: &MemoryBroker, to: &Destination, copy: &Copy<'_>) -> Result<(), BrokerError> {
@@ -29,7 +30,7 @@ fn error_of(fault: PublishFault, to: &Destination) -> BrokerError {
 /// The copy as it is kept.
 fn written(copy: &Copy<'_>) -> MessageBuilder {
     let message = copy.message();
-    let mut written = Message::builder(message.payload().clone()).transport_id(copy.id().to_owned());
+    let mut written = Message::builder(copy.body()).transport_id(copy.id().to_owned());
     if let Some(content_type) = message.content_type() {
         written = written.content_type(content_type);
     }
@@ -40,7 +41,11 @@ fn written(copy: &Copy<'_>) -> MessageBuilder {
         written = written.timestamp(timestamp);
     }
     for (name, value) in message.headers().iter() {
-        written = written.header(name, value.clone());
+        written = match copy.redact(name, || value.clone()) {
+            Redact::Keep => written.header(name, value.clone()),
+            Redact::Remove => written,
+            Redact::Replace(text) => written.header(name, text),
+        };
     }
     copy.headers().into_iter().chain(moved_properties(copy)).fold(written, add_header)
 }

@@ -12,6 +12,7 @@ use bytes::Bytes;
 
 use super::topology::is_concrete;
 use crate::broker::{BrokerError, BrokerErrorKind, Copy, Destination, copy};
+use crate::dead_letter::Redact;
 
 /// Publishes a copy. `Ok` means that a stream has it.
 pub(super) async fn publish(
@@ -25,18 +26,7 @@ pub(super) async fn publish(
         return Err(BrokerError::new(BrokerErrorKind::Refused, what));
     }
     let letterbox = Letterbox { client, limit, subject: to.name() };
-    match letterbox.put_once(copy, Text::Whole).await {
-        // The error's text is the one part that can be done without.
-        Err(error) if error.kind() == BrokerErrorKind::TooLarge => letterbox.put_once(copy, Text::None).await,
-        answer => answer,
-    }
-}
-
-/// How much of the error's text goes along.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Text {
-    Whole,
-    None,
+    letterbox.put_once(copy).await
 }
 
 struct Letterbox<'a> {
@@ -48,8 +38,8 @@ struct Letterbox<'a> {
 impl Letterbox<'_> {
     /// Publishes under the copy's own id. The stream takes a second one with this id for a
     /// duplicate even if the first is gone from it: then under a fresh id.
-    async fn put_once(&self, copy: &Copy<'_>, text: Text) -> Result<(), BrokerError> {
-        let headers = headers(copy, text);
+    async fn put_once(&self, copy: &Copy<'_>) -> Result<(), BrokerError> {
+        let headers = headers(copy);
         let ack = self.put(copy, &headers, copy.id()).await?;
         if !ack.duplicate || self.keeps(&ack).await? {
             return Ok(());
@@ -64,7 +54,7 @@ impl Letterbox<'_> {
     async fn put(&self, copy: &Copy<'_>, headers: &HeaderMap, id: &str) -> Result<PublishAck, BrokerError> {
         let mut headers = headers.clone();
         headers.insert(header::NATS_MESSAGE_ID, value(id));
-        let payload = copy.message().payload().clone();
+        let payload = copy.body();
         self.check_size(&headers, &payload)?;
         let request = Request::new().headers(headers).payload(payload).timeout(Some(self.limit));
         let answer = self.client.send_request(self.subject.to_owned(), request).await;
@@ -142,20 +132,24 @@ struct Stored {
 }
 
 /// The copy's headers, without its id.
-fn headers(copy: &Copy<'_>, text: Text) -> HeaderMap {
+fn headers(copy: &Copy<'_>) -> HeaderMap {
     let mut headers = HeaderMap::new();
     let mut moved = Vec::new();
     for (name, raw) in copy.message().headers().iter() {
-        match plain(name, raw) {
-            Some(value) => append(&mut headers, name, value),
-            None => moved.push((format!("{}{name}", copy::MOVED_HEADER), raw.clone())),
+        let Some(plain) = plain(name, raw) else {
+            moved.push((format!("{}{name}", copy::MOVED_HEADER), raw.clone()));
+            continue;
+        };
+        match copy.redact(name, || raw.clone()) {
+            Redact::Keep => append(&mut headers, name, plain),
+            Redact::Remove => {}
+            Redact::Replace(text) => append(&mut headers, name, value(&text)),
         }
     }
     if let Some(content_type) = copy.message().content_type().filter(|_| !has_content_type(copy)) {
         append(&mut headers, super::CONTENT_TYPE, value(content_type));
     }
-    let ours = copy.headers().into_iter().filter(|(name, _)| text == Text::Whole || name != copy::ERROR);
-    for (name, text) in ours.chain(copy.moved(moved)) {
+    for (name, text) in copy.headers().into_iter().chain(copy.moved(moved)) {
         append(&mut headers, &name, value(&text));
     }
     headers
@@ -203,12 +197,10 @@ fn wire_len(headers: &HeaderMap) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Cause;
     use crate::Message;
-    use crate::broker::copy::DeadLetter;
 
     fn copied(message: &Message) -> HeaderMap {
-        headers(&Copy::hold(message), Text::Whole)
+        headers(&Copy::hold(message))
     }
 
     #[test]
@@ -258,16 +250,5 @@ mod tests {
         let copy = copied(&Message::builder("").header("h", "1").header("h", "2").header("h", "1").build());
         let values: Vec<_> = copy.get_all("h").map(HeaderValue::as_str).collect();
         assert_eq!(values, ["1", "2", "1"]);
-    }
-
-    #[test]
-    fn only_the_errors_text_is_given_up_for_space() {
-        let message = Message::builder("").header("h", "v").build();
-        let record = DeadLetter::new(&message, Cause::Permanent, "no");
-        let copy = Copy::dead_letter(&message, &record);
-        let (whole, short) = (headers(&copy, Text::Whole), headers(&copy, Text::None));
-        assert!(whole.get(copy::ERROR).is_some() && short.get(copy::ERROR).is_none());
-        assert_eq!(whole.len(), short.len() + 1);
-        assert!(wire_len(&short) < wire_len(&whole));
     }
 }

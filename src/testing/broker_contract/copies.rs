@@ -2,6 +2,8 @@
 
 use crate::broker::copy::DeadLetter;
 use crate::broker::{BrokerErrorKind, Copy, Destination};
+use crate::dead_letter::redaction::Redaction;
+use crate::dead_letter::{Field, Redact};
 use crate::message::Source;
 use crate::{Cause, Delivery, Disposition, Message};
 
@@ -149,5 +151,34 @@ pub async fn a_copy_gives_no_message_an_id(fixture: &dyn BrokerFixture) {
     let found = letters.first().unwrap_or_else(|| panic!("a copy that was confirmed must be there"));
     let ids = (found.id().map(|_| "an id"), found.transport_id().map(|_| "a transport's id"));
     assert_eq!(ids, (None, None), "the message had none");
+    stage.end().await;
+}
+
+/// What is published is what the copy has of its message, not the message: a redaction may have taken a header's value, and a
+/// destination that takes no large ones half of the body.
+pub async fn a_copy_goes_without_what_was_taken_from_it(fixture: &dyn BrokerFixture) {
+    let stage = Stage::new(fixture, "taken", 8).await;
+    let (inbox, delivery) = deliver_odd(&stage).await;
+    let redaction = Redaction::new(|field, _| match field {
+        Field::Header("x-percent") => Redact::Remove,
+        Field::Header("x-number") => Redact::Replace("instead".to_owned()),
+        _ => Redact::Keep,
+    });
+    let record = record(delivery.message());
+    let mut copy = Copy::dead_letter(delivery.message(), &record).redacted(Some(&redaction));
+    while copy.is_whole() {
+        assert!(copy.shrink(true, false));
+    }
+    stage.broker.publish(&place(&stage), &copy).await.unwrap_or_else(|error| panic!("not taken: {error:?}"));
+    let letters = fixture.read_dead_letters(&stage.queue).await;
+    let letter = letters.first().unwrap_or_else(|| panic!("a copy that was confirmed must be there"));
+    assert_eq!(letter.payload(), &BODY[..BODY.len() / 2], "the body must be the copy's");
+    let sent = ODD_HEADERS.into_iter().filter(|(name, _)| *name != "x-percent");
+    let left: Vec<_> =
+        sent.map(|(name, value)| (name, if name == "x-number" { "instead" } else { value })).collect();
+    assert_headers(letter, &left, "as redacted");
+    assert!(letter.headers().get("x-percent").is_none(), "a value that was taken away must stay away");
+    settle(delivery, Disposition::Ack).await;
+    inbox.close().await;
     stage.end().await;
 }

@@ -1,12 +1,18 @@
 //! Copies: true to the original, harmless, confirmed and routed.
 
-use guestlist::broker::amqp::lapin::BasicProperties;
-use guestlist::broker::amqp::lapin::types::{AMQPValue, FieldTable};
-use guestlist::broker::copy::DeadLetter;
-use guestlist::broker::{Broker, BrokerError, BrokerErrorKind, Copy, Destination, QueueKind};
-use guestlist::{Disposition, Message};
+use std::sync::Arc;
+use std::time::Duration;
 
-use super::rabbit::{KINDS, Rabbit, current, delivery, prepared, text, unique};
+use guestlist::broker::amqp::lapin::BasicProperties;
+use guestlist::broker::amqp::lapin::message::BasicGetMessage;
+use guestlist::broker::amqp::lapin::types::{AMQPValue, FieldTable};
+use guestlist::broker::copy::{BODY_HASH, DeadLetter, ERROR, HEADERS_DROPPED, HISTORY, TRUNCATED};
+use guestlist::broker::{Broker, BrokerError, BrokerErrorKind, Copy, Destination, QueueKind};
+use guestlist::dead_letter::{DeadLetterLayer, Field, Oversized, Redact};
+use guestlist::{BoxError, Cause, Consumer, Disposition, Failure, Message, Outcome, Queue};
+use tower::ServiceExt as _;
+
+use super::rabbit::{KINDS, Rabbit, current, delivery, hold_queue, prepared, text, unique, until};
 
 fn record() -> DeadLetter {
     let letter = Message::builder("").header("guestlist-cause", "exhausted").build();
@@ -142,7 +148,7 @@ async fn a_copy_that_is_too_large_is_refused_and_the_next_one_is_not() {
     let (broker, queue) = prepared("large", QueueKind::Classic).await;
     let wide = Message::builder("").header("wide", vec![b'x'; 200_000]).build();
     let told = broker.publish(&queue.name.as_str().into(), &Copy::hold(&wide)).await;
-    assert_eq!(told.unwrap_err().kind(), BrokerErrorKind::TooLarge, "headers go in one frame");
+    assert_eq!(told.unwrap_err().kind(), BrokerErrorKind::HeadersTooLarge, "headers go in one frame");
     if current() {
         let heavy = Message::builder(vec![b'x'; 17 * 1024 * 1024]).build();
         let told = broker.publish(&queue.name.as_str().into(), &Copy::hold(&heavy)).await;
@@ -151,6 +157,122 @@ async fn a_copy_that_is_too_large_is_refused_and_the_next_one_is_not() {
     let nearly = Message::builder("").header("wide", vec![b'x'; 120_000]).build();
     broker.publish(&queue.name.as_str().into(), &Copy::hold(&nearly)).await.unwrap();
     assert_eq!(Rabbit::new().await.ready(&queue.name).await, 1);
+}
+
+#[tokio::test]
+async fn what_travels_aside_is_redacted_too() {
+    let (broker, spec) = prepared("aside", QueueKind::Quorum).await;
+    let (rabbit, dead) = (Rabbit::new().await, spec.dead_letter.clone().unwrap());
+    let mut headers = FieldTable::default();
+    headers.insert("CC".into(), AMQPValue::FieldArray(vec![text("nowhere")].into()));
+    let sent = BasicProperties::default().with_user_id("guest".into()).with_expiration("600000".into());
+    rabbit.send_as(&spec.name, sent.with_message_id("1".into()).with_headers(headers), b"body").await;
+    let hide = |field: Field<'_>, _: &[u8]| match field {
+        Field::Header("CC") => Redact::Remove,
+        Field::Property("user_id") => Redact::Replace("somebody".to_owned()),
+        _ => Redact::Keep,
+    };
+    let handler = async |_: Message| Err(Failure::permanent("no"));
+    let queue = Queue::new(spec.name.as_str()).dead_letter(dead.clone()).redact(hide);
+    let consumer =
+        Consumer::new(broker).queue(queue.hold_steps([Duration::from_millis(300)]).handler(handler));
+    let status = consumer.status();
+    let parked = || status.queue(&spec.name).is_some_and(|queue| queue.dead_letters.len() == 1);
+    consumer.run_until(until("it is parked", || async { parked() })).await.unwrap();
+    let letter = rabbit.take(dead.name()).await;
+    let headers = letter.properties.headers().clone().unwrap();
+    let aside = |name: &str| headers.inner().get(name).cloned();
+    assert_eq!(aside("guestlist-orig-h-CC"), None);
+    assert_eq!(aside("guestlist-orig-p-user_id"), Some(text("somebody")));
+    assert_eq!(aside("guestlist-orig-p-expiration"), Some(text("600000")));
+}
+
+/// The letter of a message with a header of this width; none: it stayed with its queue.
+async fn parked_with(width: usize, oversized: Oversized) -> Option<BasicGetMessage> {
+    let (broker, spec) = prepared("flood", QueueKind::Classic).await;
+    let (rabbit, dead) = (Rabbit::new().await, spec.dead_letter.clone().unwrap());
+    let mut headers = FieldTable::default();
+    headers.insert("wide".into(), text(&"x".repeat(width)));
+    let sent = BasicProperties::default().with_message_id("1".into()).with_headers(headers);
+    rabbit.send_as(&spec.name, sent, b"body").await;
+    let handler = async |_: Message| Err(guestlist::Failure::permanent("e".repeat(1000)));
+    let queue = Queue::new(spec.name.as_str()).dead_letter(dead.clone()).oversized(oversized);
+    let consumer =
+        Consumer::new(broker).queue(queue.hold_steps([Duration::from_millis(300)]).handler(handler));
+    let status = consumer.status();
+    let settled = || {
+        let queue = status.queue(&spec.name).unwrap_or_default();
+        !queue.dead_letters.is_empty() || queue.failures.contains_key("too_large")
+    };
+    consumer.run_until(until("it is settled", || async { settled() })).await.unwrap();
+    let letter = rabbit.get(dead.name()).await;
+    let kept = rabbit.ready(&spec.name).await == 1 || rabbit.ready(&hold_queue(&spec)).await == 1;
+    assert_ne!(letter.is_some(), kept, "with the dead letters, or with its queue");
+    letter
+}
+
+#[tokio::test]
+async fn headers_that_flood_a_frame_cost_the_story_and_then_the_letter_or_themselves_as_the_queue_says() {
+    for (width, history, error) in [(100_000, true, true), (127_300, false, true), (128_200, false, false)] {
+        let letter = parked_with(width, Oversized::Keep).await.expect("parked");
+        let headers = letter.properties.headers().clone().unwrap();
+        let has = |name: &str| headers.inner().contains_key(name);
+        assert_eq!((has(HISTORY), has(ERROR), has("wide")), (history, error, true), "{width}");
+    }
+    assert!(parked_with(128_700, Oversized::Keep).await.is_none());
+    let letter = parked_with(128_700, Oversized::Truncate).await.expect("parked");
+    let headers = letter.properties.headers().clone().unwrap();
+    assert_eq!((headers.inner().get(HEADERS_DROPPED), headers.inner().get("wide")), (Some(&text("1")), None));
+    assert_eq!(
+        (letter.data.as_slice(), headers.inner().get(TRUNCATED)),
+        (&b"body"[..], None),
+        "the body fits"
+    );
+}
+
+/// A stack of one's own whose messages come from elsewhere.
+#[tokio::test]
+async fn a_body_larger_than_rabbitmq_takes_is_cut_if_it_may_be() {
+    if !current() {
+        return; // It takes 128 MiB.
+    }
+    let (broker, spec) = prepared("heavy", QueueKind::Quorum).await;
+    let dead = spec.dead_letter.clone().unwrap();
+    let whole = vec![b'x'; 17 * 1024 * 1024];
+    let message = Message::builder(whole.clone()).transport_id("1").header("tenant", "7").build();
+    let layer = DeadLetterLayer::new(Arc::new(broker), dead.clone()).with_oversized(Oversized::Truncate);
+    let failing =
+        tower::service_fn(async |_: Message| Err::<Outcome, BoxError>(Failure::permanent("no").into_error()));
+    let parked = tower::ServiceBuilder::new().layer(layer).service(failing).oneshot(message).await;
+    assert_eq!(parked.unwrap(), Outcome::DeadLettered(Cause::Permanent));
+    let letter = Rabbit::new().await.take(dead.name()).await;
+    let headers = letter.properties.headers().clone().unwrap();
+    assert_eq!(letter.data.len(), whole.len() / 2);
+    assert_eq!(headers.inner().get(TRUNCATED), Some(&text(&whole.len().to_string())));
+    assert_eq!(headers.inner().get(BODY_HASH), Some(&text(&blake3::hash(&whole).to_string())));
+    assert_eq!(headers.inner().get("tenant"), Some(&text("7")));
+}
+
+#[tokio::test]
+async fn a_message_that_just_fits_can_still_be_delayed() {
+    let (broker, spec) = prepared("tight", QueueKind::Classic).await;
+    let mut headers = FieldTable::default();
+    headers.insert("wide".into(), text(&"x".repeat(128_200)));
+    let rabbit = Rabbit::new().await;
+    let sent = BasicProperties::default().with_message_id("1".into()).with_headers(headers);
+    rabbit.send_as(&spec.name, sent, b"body").await;
+    let handler = async |guestlist::Attempt(attempt): guestlist::Attempt| match attempt {
+        1 => Err(Failure::transient("\"".repeat(1000))),
+        _ => Ok(()),
+    };
+    let queue = Queue::new(spec.name.as_str()).dead_letter(spec.dead_letter.clone().unwrap());
+    let queue = queue.hold_steps([Duration::from_millis(300)]).handler(handler);
+    let consumer = Consumer::new(broker).queue(queue);
+    let status = consumer.status();
+    let done = || status.queue(&spec.name).is_some_and(|queue| queue.handled == 1);
+    consumer.run_until(until("it is handled", || async { done() })).await.unwrap();
+    let queue = status.queue(&spec.name).unwrap();
+    assert_eq!((queue.unsettled, queue.received), (0, 2), "{queue:?}");
 }
 
 #[tokio::test]

@@ -156,14 +156,14 @@ async fn in_memory() {
 }
 
 #[cfg(feature = "amqp")]
-mod amqp {
+pub(super) mod amqp {
     use guestlist::broker::amqp::lapin::BasicProperties;
     use guestlist::broker::amqp::lapin::types::{AMQPValue, FieldTable, ShortString};
 
     use super::super::amqp::{KINDS, Stranger, url};
     use super::*;
 
-    async fn send(stranger: &Stranger, queue: &str, headers: &[(&str, String)]) {
+    pub(in super::super) async fn send(stranger: &Stranger, queue: &str, headers: &[(&str, String)]) {
         let mut table = FieldTable::default();
         for (name, value) in headers {
             table.insert(ShortString::from(*name), AMQPValue::LongString(value.as_str().into()));
@@ -173,7 +173,7 @@ mod amqp {
         stranger.publish("", queue, &id, properties).await;
     }
 
-    async fn queue_of(stranger: &Stranger, kind: &str) -> (Queue, String) {
+    pub(in super::super) async fn queue_of(stranger: &Stranger, kind: &str) -> (Queue, String) {
         let name = unique(kind);
         stranger.declare(&name, kind).await;
         stranger.declare(&format!("{name}.dead"), kind).await;
@@ -255,14 +255,14 @@ mod amqp {
 }
 
 #[cfg(feature = "nats")]
-mod nats {
+pub(super) mod nats {
     use guestlist::broker::nats::async_nats::HeaderMap;
     use guestlist::broker::nats::async_nats::jetstream::message::PublishMessage;
 
     use super::super::nats::{Stranger, dead, url};
     use super::*;
 
-    async fn send(stranger: &Stranger, subject: &str, headers: &[(&str, String)]) {
+    pub(in super::super) async fn send(stranger: &Stranger, subject: &str, headers: &[(&str, String)]) {
         let mut map = HeaderMap::new();
         for (name, value) in headers {
             map.insert(*name, value.as_str());

@@ -7,6 +7,8 @@ mod delays;
 #[cfg(feature = "nats")]
 mod nats;
 mod proxy;
+#[cfg(feature = "testing")]
+mod records;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
