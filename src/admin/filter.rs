@@ -97,7 +97,7 @@ impl Filter {
     }
 
     /// For what changes letters: another queue's are none of our business, unless they are asked for.
-    pub(super) fn or_of(mut self, queue: &str) -> Self {
+    pub(super) fn sparing_others_than(mut self, queue: &str) -> Self {
         if self.queues.is_empty() {
             self.not_of_others = Some(queue.to_owned());
         }

@@ -191,7 +191,7 @@ impl Admin {
         }
         let (broker, store) = (Arc::clone(&self.broker), self.store.clone());
         let act = Redriver { broker, store, to, wish: how.wish, dry_run: how.dry_run, pace };
-        self.walk(filter.or_of(&self.spec.name), how.bounds, act).await
+        self.walk(filter.sparing_others_than(&self.spec.name), how.bounds, act).await
     }
 
     /// Removes the letters that fit, for good: each removal is confirmed, and told by an event of `tracing` (target
@@ -212,7 +212,7 @@ impl Admin {
             return Err(Error::admin(ConfigError::NoReason));
         }
         let act = Discarder { reason: how.reason, dry_run: how.dry_run };
-        self.walk(filter.or_of(&self.spec.name), how.bounds, act).await
+        self.walk(filter.sparing_others_than(&self.spec.name), how.bounds, act).await
     }
 
     /// What the store has on record for a message's id in this queue's scope. The id is as the sender wrote it and the

@@ -95,6 +95,9 @@ impl Redrive {
     }
 }
 
+/// How far a redrive may be behind its rate and still catch up: timers are as coarse as a millisecond.
+const CATCH_UP: Duration = Duration::from_millis(100);
+
 /// When the next letter may go.
 #[derive(Debug)]
 pub(super) struct Pace {
@@ -112,9 +115,9 @@ impl Pace {
     /// A letter went.
     fn went(&mut self) {
         if let Some(between) = self.between {
-            // From when it was due: what a slow confirmation cost is caught up, but no burst.
+            // From when it was due: what a slow confirmation or a coarse timer cost is caught up, in small.
             let now = Instant::now();
-            self.next = (self.next + between).max(now.checked_sub(between).unwrap_or(now));
+            self.next = (self.next + between).max(now.checked_sub(CATCH_UP).unwrap_or(now));
         }
     }
 }
