@@ -248,6 +248,11 @@ impl Message {
         self.parts.copy.generation
     }
 
+    /// When an operator last sent it back to work, if one did: to the second, as our own copy says.
+    pub fn redriven_at(&self) -> Option<SystemTime> {
+        self.parts.copy.redriven_at
+    }
+
     /// An id for a message that the handler publishes about this one: the same for each run
     /// of this id in this scope, so that a second run publishes the same id again, and another
     /// queue's message of the same id does not.
@@ -406,6 +411,11 @@ impl MessageBuilder {
             forsaken: AtomicBool::new(false),
             noted: Mutex::new(None),
         })
+    }
+
+    /// What lies at the broker: of a copy of ours, the copy's own.
+    pub(crate) fn written_transport_id(&self) -> Option<&MessageId> {
+        self.0.transport_id.as_ref()
     }
 
     /// The same content as another hand-over, for a broker that keeps what it delivers.

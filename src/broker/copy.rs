@@ -18,6 +18,7 @@
 //! | `guestlist-id` | the id that dedup found, encoded; missing if there was none | hold, redriven |
 //! | `guestlist-attempt` | the attempts that were counted when the copy was made | hold, redriven (0) |
 //! | `guestlist-generation` | how many times an operator sent the id back to work; missing: never | hold, redriven |
+//! | `guestlist-redriven-at` | when that was last done, seconds since 1970; the age of the message counts from then | hold, redriven |
 //! | `guestlist-due` | not to be handled before: milliseconds since 1970 | hold, redriven |
 //! | `guestlist-cause` | why it is a dead letter, a word: see [`Cause::name`](crate::Cause::name) | |
 //! | `guestlist-error` ✂ | the last error and its causes, escaped, at most 1 KiB, redacted | |
@@ -45,7 +46,7 @@ mod tests;
 mod text;
 
 use std::collections::HashSet;
-use std::time::UNIX_EPOCH;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 
@@ -68,6 +69,8 @@ pub const ATTEMPT: &str = "guestlist-attempt";
 pub const DUE: &str = "guestlist-due";
 /// How many times an operator sent this id back to work.
 pub const GENERATION: &str = "guestlist-generation";
+/// When an operator last sent it back to work, seconds since 1970: a queue's `max_age` counts from then on.
+pub const REDRIVEN_AT: &str = "guestlist-redriven-at";
 /// Why it is a dead letter: see [`Cause::name`](crate::Cause::name).
 pub const CAUSE: &str = "guestlist-cause";
 /// The chain of errors, escaped, at most 1 KiB.
@@ -112,6 +115,7 @@ pub struct Copy<'a> {
     id: String,
     attempt: u32,
     generation: u32,
+    redriven_at: Option<SystemTime>,
     story: Vec<(String, String)>,
     redaction: Option<Redaction>,
     cut: Cut,
@@ -133,8 +137,16 @@ struct CutBody {
 
 impl<'a> Copy<'a> {
     fn new(message: &'a Message, id: String, story: Vec<(String, String)>) -> Self {
-        let (attempt, generation) = (message.attempt(), message.generation());
-        Self { message, id, attempt, generation, story, redaction: None, cut: Cut::default() }
+        Self {
+            message,
+            id,
+            attempt: message.attempt(),
+            generation: message.generation(),
+            redriven_at: message.redriven_at(),
+            story,
+            redaction: None,
+            cut: Cut::default(),
+        }
     }
 
     /// A copy that goes to a hold queue and comes back, of a message that was tried.
@@ -157,12 +169,13 @@ impl<'a> Copy<'a> {
         Self::new(message, copy_id(message, "dead"), record.headers())
     }
 
-    /// A copy of the letter of this id that is worked on again, from attempt 1, in this generation.
-    /// Its history goes on: of a message that fails once more, one can read how it failed before.
+    /// A copy of the letter of this id that is worked on again, from attempt 1, in this generation. Its age counts from
+    /// now. Its history goes on: of a message that fails once more, one can read how it failed before.
     pub fn redrive(message: &'a Message, letter: &str, generation: u32) -> Self {
         // By the letter: two letters of one message are two copies, one letter redriven twice is one.
         let id = blake3::hash(format!("redrive {generation} {letter}").as_bytes()).to_hex()[..32].to_owned();
-        Self { attempt: 0, generation, ..Self::new(message, id, History::carried(message).headers()) }
+        let copy = Self::new(message, id, History::carried(message).headers());
+        Self { attempt: 0, generation, redriven_at: Some(SystemTime::now()), ..copy }
     }
 
     /// The same, without what this redaction takes away.
@@ -248,6 +261,9 @@ impl<'a> Copy<'a> {
         if let Some(due) = message.due().and_then(|due| due.duration_since(UNIX_EPOCH).ok()) {
             // Up: not even a millisecond early.
             put(DUE, due.as_micros().div_ceil(1000).to_string());
+        }
+        if let Some(at) = self.redriven_at.and_then(|at| at.duration_since(UNIX_EPOCH).ok()) {
+            put(REDRIVEN_AT, at.as_secs().to_string());
         }
         // Said even if there was none: the one on the copy is the copy's own.
         put(TRANSPORT_ID, message.transport_id().map(|id| encode(cut(id))).unwrap_or_default());

@@ -6,7 +6,8 @@ use bytes::Bytes;
 
 use super::{
     ATTEMPT, BODY_HASH, CAUSE, DUE, ERROR, EXCHANGE, FAILED_AT, FIRST_FAILED_AT, GENERATION, HISTORY, ID,
-    MOVED_HEADER, MOVED_PROPERTY, PREFIX, QUEUE, ROUTING_KEY, SEQUENCE, STREAM, TRANSPORT_ID, decode,
+    MOVED_HEADER, MOVED_PROPERTY, PREFIX, QUEUE, REDRIVEN_AT, ROUTING_KEY, SEQUENCE, STREAM, TRANSPORT_ID,
+    decode,
 };
 use crate::MessageId;
 use crate::delay::LONGEST;
@@ -19,6 +20,7 @@ pub(crate) struct Marks {
     pub(crate) attempt: u32,
     pub(crate) generation: u32,
     pub(crate) due: Option<SystemTime>,
+    pub(crate) redriven_at: Option<SystemTime>,
     /// The original's, empty if it had none.
     pub(crate) transport_id: Option<Bytes>,
     /// Full names and raw values of what was moved aside.
@@ -43,6 +45,7 @@ impl Marks {
             ATTEMPT => self.attempt = number(value),
             GENERATION => self.generation = number(value),
             DUE => self.due = time(value),
+            REDRIVEN_AT => self.redriven_at = seconds(value),
             TRANSPORT_ID => self.transport_id = Some(decode(value)),
             moved if moved.starts_with(MOVED_HEADER) => {
                 let original = &moved[MOVED_HEADER.len()..];
@@ -68,6 +71,11 @@ impl Marks {
     pub(super) fn body_hash(&self) -> Option<String> {
         let is_hash = |text: &&str| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
         self.story.get_str(BODY_HASH).filter(is_hash).map(ToOwned::to_owned)
+    }
+
+    /// The queue that the original came from, if the copy says so.
+    pub(crate) fn source_queue(&self) -> Option<&str> {
+        self.story.get_str(QUEUE)
     }
 
     /// Shows the original's source in place of the copy's.
@@ -98,8 +106,16 @@ pub(super) const CLOCKS_APART: Duration = Duration::from_secs(24 * 60 * 60);
 /// Milliseconds since 1970; a forged one is none, and the sender's own header counts again.
 fn time(value: &[u8]) -> Option<SystemTime> {
     let millis = std::str::from_utf8(value).ok()?.parse().ok()?;
-    let due = UNIX_EPOCH.checked_add(Duration::from_millis(millis))?;
-    // We write none further away; the other machine's clock may be ahead.
-    let furthest = SystemTime::now() + LONGEST + CLOCKS_APART;
-    (due <= furthest).then_some(due)
+    no_further(LONGEST, UNIX_EPOCH.checked_add(Duration::from_millis(millis))?)
+}
+
+/// Seconds since 1970, not in the future: with a forged one a message would be young for ever.
+fn seconds(value: &[u8]) -> Option<SystemTime> {
+    let seconds = std::str::from_utf8(value).ok()?.parse().ok()?;
+    no_further(Duration::ZERO, UNIX_EPOCH.checked_add(Duration::from_secs(seconds))?)
+}
+
+/// We write no time further ahead than this; the other machine's clock may be ahead.
+fn no_further(ahead: Duration, time: SystemTime) -> Option<SystemTime> {
+    (time <= SystemTime::now() + ahead + CLOCKS_APART).then_some(time)
 }
