@@ -2,11 +2,17 @@
 
 #[cfg(feature = "amqp")]
 mod amqp;
+#[cfg(all(feature = "amqp", feature = "nats", feature = "testing"))]
+mod bad_input;
+#[cfg(all(feature = "amqp", feature = "nats", feature = "testing"))]
+mod causes;
 #[cfg(feature = "testing")]
 mod delays;
 #[cfg(feature = "nats")]
 mod nats;
 mod proxy;
+#[cfg(all(feature = "amqp", feature = "nats", feature = "testing"))]
+mod retries;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
