@@ -46,7 +46,7 @@ const CASES: [Case; 11] = [
     case("panic", Cause::Exhausted, 2, "the handler panicked: two and two is five"),
     case("hang", Cause::Exhausted, 2, "request timed out"),
     case("crashed", Cause::CrashSuspected, 3, "2 attempts were made, and the last holder vanished"),
-    case("unreadable", Cause::Undecodable, 1, ""),
+    case("unreadable", Cause::Undecodable, 1, "the body is JSON that ends early (line 1, column 1)"),
     case("without an id", Cause::MissingId, 1, "no id: none of the queue's id sources found one"),
     case("with a long id", Cause::InvalidId, 1, "the id has 5000 bytes, more than 4096"),
     case("with another body", Cause::IdConflict, 1, "this id was seen with another body"),
@@ -116,10 +116,7 @@ fn judge(ground: &Ground, case: &Case, letter: &Letter) {
     assert_eq!(letter.content_type.as_deref(), Some("application/json"), "{what}");
     assert_eq!(header(copy::CAUSE), case.cause.name(), "{what}");
     assert_eq!(header(copy::ATTEMPT), case.attempt.to_string(), "{what}");
-    match case.cause {
-        Cause::Undecodable => assert!(header(copy::ERROR).contains("EOF"), "{}", header(copy::ERROR)),
-        _ => assert_eq!(header(copy::ERROR), case.error, "{what}"),
-    }
+    assert_eq!(header(copy::ERROR), case.error, "{what}");
     assert_eq!(id_on(letter), id_of(case.what), "{what}");
     comes_from(ground, &what, letter);
     let failed_at = UNIX_EPOCH + Duration::from_secs(header(copy::FAILED_AT).parse().unwrap());
@@ -167,10 +164,9 @@ async fn parks(running: Running, ground: &Ground, count: usize) -> Vec<Letter> {
     let all = |queue: &guestlist::QueueStatus| queue.dead_letters.values().sum::<u64>() >= count as u64;
     running.until("all are with the dead letters", all).await;
     let status = running.stop().await;
-    let kind = ground.kind;
-    assert_eq!((ground.left().await, ground.held([BACKOFF]).await), (0, 0), "{kind:?}: {status:?}");
+    ground.is_drained(&[BACKOFF]).await;
     let letters = ground.letters().await;
-    assert_eq!(letters.len(), count, "{kind:?}: {status:?}");
+    assert_eq!(letters.len(), count, "{:?}: {status:?}", ground.kind);
     letters
 }
 
@@ -207,7 +203,9 @@ async fn every_cause_is_told_by_a_letter_that_is_true_to_its_message(kind: Kind)
         let letter = letter.unwrap_or_else(|| panic!("{kind:?}: no letter of {}: {letters:#?}", case.what));
         judge(&ground, case, letter);
     }
-    for (cause, times) in [(Cause::Transient, 2), (Cause::Panic, 2), (Cause::Timeout, 2), (Cause::Undecodable, 1)] {
+    for (cause, times) in
+        [(Cause::Transient, 2), (Cause::Panic, 2), (Cause::Timeout, 2), (Cause::Undecodable, 1)]
+    {
         let failed = log.count(|kind| *kind == EventKind::Failed(cause));
         assert_eq!(failed, times, "{kind:?}: attempts that failed of {cause}");
     }

@@ -18,7 +18,7 @@ use guestlist::broker::nats::async_nats::jetstream::message::PublishMessage;
 use guestlist::broker::nats::async_nats::jetstream::stream::{Config, RetentionPolicy};
 use guestlist::broker::nats::async_nats::jetstream::{self, Context};
 use guestlist::broker::nats::async_nats::{self, HeaderMap, HeaderName, HeaderValue};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 /// What is tested over each of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,13 +146,38 @@ impl Ground {
                 ground.declare(&letters).await;
                 ground.exchange(ExchangeKind::Topic, &ground.exchange_name(), "work.*", &[name]).await;
             }
-            Client::Nats(context) => {
-                let source = context.create_stream(stream(name, RetentionPolicy::WorkQueue)).await.unwrap();
-                source.create_consumer(durable(name, name, ack_wait)).await.unwrap();
-                context.create_stream(stream(&letters, RetentionPolicy::Limits)).await.unwrap();
-            }
+            Client::Nats(_) => ground.streams(RetentionPolicy::WorkQueue, ack_wait).await,
         }
         ground
+    }
+
+    /// A stream that keeps its messages whoever has acked them, so that it may have other durables.
+    pub(crate) async fn for_everybody(name: &str) -> Self {
+        let kind = Kind::JetStream;
+        let ground = Self { kind, name: unique(name), client: Client::connect(kind).await };
+        ground.streams(RetentionPolicy::Limits, ACK_WAIT).await;
+        ground
+    }
+
+    async fn streams(&self, retention: RetentionPolicy, ack_wait: Duration) {
+        let source = self.context().create_stream(stream(&self.name, retention)).await.unwrap();
+        source.create_consumer(durable(&self.name, &self.name, ack_wait)).await.unwrap();
+        self.context().create_stream(stream(&dead(&self.name), RetentionPolicy::Limits)).await.unwrap();
+    }
+
+    /// Its name. It sees what the queue's own durable sees.
+    pub(crate) async fn another_durable(&self, name: &str) -> String {
+        let stream = self.context().get_stream(&self.name).await.unwrap();
+        stream.create_consumer(durable(name, &self.name, ACK_WAIT)).await.unwrap();
+        name.to_owned()
+    }
+
+    /// How many messages this durable has not acked, delivered or not.
+    pub(crate) async fn waiting_for(&self, durable: &str) -> u64 {
+        let stream = self.context().get_stream(&self.name).await.unwrap();
+        let mut durable = stream.get_consumer::<pull::Config>(durable).await.unwrap();
+        let info = durable.info().await.unwrap();
+        info.num_pending + u64::try_from(info.num_ack_pending).unwrap()
     }
 
     pub(crate) fn exchange_name(&self) -> String {
@@ -161,7 +186,8 @@ impl Ground {
 
     /// An exchange with these queues bound to it.
     pub(crate) async fn exchange(&self, kind: ExchangeKind, name: &str, pattern: &str, queues: &[&str]) {
-        let (channel, options) = (self.channel(), ExchangeDeclareOptions { auto_delete: true, ..Default::default() });
+        let (channel, options) =
+            (self.channel(), ExchangeDeclareOptions { auto_delete: true, ..Default::default() });
         channel.exchange_declare(name.into(), kind, options, FieldTable::default()).await.unwrap();
         for queue in queues {
             let (bind, none) = (QueueBindOptions::default(), FieldTable::default());
@@ -223,7 +249,23 @@ impl Ground {
 
     /// How many messages the queue has. RabbitMQ does not count those that a consumer has in hand: ask when it has stopped.
     pub(crate) async fn left(&self) -> u64 {
-        self.ready(&self.name).await.unwrap()
+        match self.kind {
+            Kind::JetStream => self.waiting_for(&self.name).await,
+            Kind::Classic | Kind::Quorum => self.ready(&self.name).await.unwrap(),
+        }
+    }
+
+    /// Nothing is left, once the last acks have arrived: neither with the queue nor in the hold queues of these steps.
+    pub(crate) async fn is_drained(&self, steps: &[Duration]) {
+        let give_up_at = Instant::now() + Duration::from_secs(10);
+        loop {
+            let left = (self.left().await, self.held(steps).await);
+            if left == (0, 0) {
+                return;
+            }
+            assert!(Instant::now() < give_up_at, "{:?}: left with the queue and held: {left:?}", self.kind);
+            sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// How many messages lie in any queue or stream; none: there is no such thing.
@@ -244,7 +286,7 @@ impl Ground {
     }
 
     /// How many messages wait in the hold queues of these steps.
-    pub(crate) async fn held(&self, steps: impl IntoIterator<Item = Duration>) -> u64 {
+    pub(crate) async fn held(&self, steps: &[Duration]) -> u64 {
         let mut held = 0;
         if self.kind != Kind::JetStream {
             for step in steps {
@@ -324,8 +366,7 @@ async fn publish(context: &Context, subject: &str, sent: &Sent) {
         put("Nats-Msg-Id", id);
     }
     loop {
-        let message =
-            PublishMessage::build().headers(headers.clone()).payload(sent.body.clone().into());
+        let message = PublishMessage::build().headers(headers.clone()).payload(sent.body.clone().into());
         let ack = context.send_publish(subject.to_owned(), message).await.unwrap().await.unwrap();
         if !ack.duplicate {
             return;
@@ -364,7 +405,8 @@ async fn kept(context: &Context, name: &str) -> Vec<Letter> {
     let mut letters = Vec::new();
     for sequence in state.first_sequence.max(1)..=state.last_sequence {
         let message = stream.get_raw_message(sequence).await.unwrap();
-        let text = |values: &[HeaderValue]| values.iter().map(HeaderValue::as_str).collect::<Vec<_>>().join("|");
+        let text =
+            |values: &[HeaderValue]| values.iter().map(HeaderValue::as_str).collect::<Vec<_>>().join("|");
         let headers: BTreeMap<_, _> =
             message.headers.iter().map(|(name, values)| (name.to_string(), text(values))).collect();
         let content_type = headers.get("Content-Type").cloned();
