@@ -148,6 +148,9 @@ async fn a_flood_of_headers_is_carried_on_the_dead_letter(kind: Kind) {
     assert_eq!(kept.count(), FLOOD, "{kind:?}");
 }
 
+/// How long it is watched for a hot loop.
+const WATCHED: Duration = Duration::from_secs(3);
+
 /// A message that just fits, so that its copy with our own headers does not.
 async fn large(ground: &Ground) -> Sent {
     match ground.kind {
@@ -172,6 +175,7 @@ async fn what_is_too_large_for_the_dead_letters_stays_and_stops_nobody(kind: Kin
         ground.send(Sent::new(&format!("good-{n}"), "{}")).await;
     }
     running.until("the others are handled", |queue| queue.handled == 50).await;
+    tokio::time::sleep(WATCHED).await;
     let status = running.stop().await;
     println!("{kind:?}: {} deliveries of 51 messages", status.received);
     assert_eq!((status.paused_by, ground.letters_count().await), (None, 0), "{kind:?}");

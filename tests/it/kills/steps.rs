@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -338,9 +338,8 @@ impl Scene {
     }
 
     fn acked(&self, outcome: Outcome) -> usize {
-        let log = self.log();
-        let acked = |what: &What| matches!(what, What::Step(step) if step.kind == EventKind::Acked(outcome));
-        log.entries().iter().filter(|entry| acked(&entry.what)).count()
+        let files = ["first.jsonl", "second.jsonl"].map(|name| self.job.file(name));
+        files.iter().flat_map(|file| acks_in(file)).filter(|acked| *acked == outcome).count()
     }
 
     /// The logs of all keep the promises.
@@ -352,6 +351,18 @@ impl Scene {
         report.assert_clean();
         report
     }
+}
+
+/// What the deliveries in this log were acked for; none if the process has not begun.
+fn acks_in(log: &Path) -> Vec<Outcome> {
+    let Ok(log) = Log::read(log) else { return Vec::new() };
+    let outcome = |what: &What| match what {
+        What::Step(step) => Some(step.kind),
+        _ => None,
+    };
+    let steps = log.entries().iter().filter_map(|entry| outcome(&entry.what));
+    let acked = |step| if let EventKind::Acked(outcome) = step { Some(outcome) } else { None };
+    steps.filter_map(acked).collect()
 }
 
 /// A process that does not outlive its test.
@@ -476,12 +487,7 @@ async fn f10_killed_after_the_hold_copy_was_confirmed_and_before_the_ack_one_of_
         // The copy, in its hold queue or back from it, and the original.
         let both = || async { scene.ground.left().await + scene.ground.held(&[LONG]).await == 2 };
         until("there are two copies", both).await;
-        let both_ended = |job: &Job| {
-            let log = Log::read(job.file("second.jsonl")).unwrap();
-            let acked =
-                |what: &What| matches!(what, What::Step(step) if matches!(step.kind, EventKind::Acked(_)));
-            log.entries().iter().filter(|entry| acked(&entry.what)).count() == 2
-        };
+        let both_ended = |job: &Job| acks_in(&job.file("second.jsonl")).len() == 2;
         scene.another_carries_on(both_ended).await;
         assert_eq!(scene.job.attempts(), [1, 2], "{kind:?}: one run of the two copies");
         assert_eq!((scene.acked(Outcome::Handled), scene.acked(Outcome::Duplicate)), (1, 1), "{kind:?}");
