@@ -18,6 +18,7 @@ use guestlist::broker::nats::async_nats::jetstream::message::PublishMessage;
 use guestlist::broker::nats::async_nats::jetstream::stream::{Config, RetentionPolicy};
 use guestlist::broker::nats::async_nats::jetstream::{self, Context};
 use guestlist::broker::nats::async_nats::{self, HeaderMap, HeaderName, HeaderValue};
+use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep};
 
 /// What is tested over each of them.
@@ -65,7 +66,7 @@ pub(crate) struct Ground {
 }
 
 enum Client {
-    Amqp { channel: Channel, connection: Connection },
+    Amqp { channel: Channel, connection: Connection, asking: Mutex<Option<Channel>> },
     Nats(Context),
 }
 
@@ -271,12 +272,18 @@ impl Ground {
     /// How many messages lie in any queue or stream; none: there is no such thing.
     pub(crate) async fn ready(&self, name: &str) -> Option<u64> {
         match &self.client {
-            Client::Amqp { connection, .. } => {
-                // On a channel of its own, which a "no" closes.
-                let channel = connection.create_channel().await.unwrap();
+            Client::Amqp { connection, asking, .. } => {
+                let mut asking = asking.lock().await;
+                let channel = match asking.take() {
+                    Some(channel) => channel,
+                    None => new_channel(connection).await,
+                };
                 let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
                 let found = channel.queue_declare(name.into(), passive, FieldTable::default()).await;
-                found.ok().map(|queue| queue.message_count().into())
+                let found = found.ok()?;
+                // A "no" has closed it.
+                *asking = Some(channel);
+                Some(found.message_count().into())
             }
             Client::Nats(context) => {
                 let stream = context.get_stream(name).await.ok()?;
@@ -323,7 +330,21 @@ impl Client {
         let connection = Connection::connect(&url(kind), ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        Self::Amqp { channel, connection }
+        Self::Amqp { channel, connection, asking: Mutex::default() }
+    }
+}
+
+/// Its number may be that of a channel that was closed a moment ago, and then the client sometimes answers with the
+/// other's error.
+async fn new_channel(connection: &Connection) -> Channel {
+    let mut errors = 0;
+    loop {
+        match connection.create_channel().await {
+            Ok(channel) => return channel,
+            Err(error) => assert!(errors < 10, "{error}"),
+        }
+        errors += 1;
+        sleep(Duration::from_millis(10)).await;
     }
 }
 
