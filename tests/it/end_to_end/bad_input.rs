@@ -152,8 +152,8 @@ async fn a_flood_of_headers_is_carried_on_the_dead_letter(kind: Kind) {
 const WATCHED: Duration = Duration::from_secs(3);
 
 /// A message that just fits, so that its copy with our own headers does not.
-async fn large(ground: &Ground) -> Sent {
-    match ground.kind {
+fn large(kind: Kind) -> Sent {
+    match kind {
         // Headers are one frame, and the server says how long that may be: 128 KiB.
         Kind::Classic | Kind::Quorum => (0..1_378)
             .fold(Sent::new("large", "{}"), |sent, n| sent.header(&format!("{n:05}"), &"x".repeat(84))),
@@ -169,7 +169,7 @@ async fn what_is_too_large_for_the_dead_letters_stays_and_stops_nobody(kind: Kin
         _ => Ok(()),
     };
     let running = Running::start(&ground.url(), policy(&ground).handler(handler), &ground.name).await;
-    ground.send(large(&ground).await).await;
+    ground.send(large(kind)).await;
     running.until("it was refused", |queue| queue.failures.get("too_large") == Some(&1)).await;
     for n in 0..50 {
         ground.send(Sent::new(&format!("good-{n}"), "{}")).await;
@@ -251,10 +251,13 @@ fn passes_for_a_copy(kind: Kind, sent: &Sent) -> bool {
     kind == Kind::JetStream && sent.headers[0].0 == copy::ATTEMPT
 }
 
+/// A body, and an attempt at it.
+type Tried = (Vec<u8>, u32);
+
 /// The store counts, the letter's story is ours, and no forged number is believed.
 async fn forged_headers_change_neither_attempts_nor_the_story(kind: Kind) {
     let (ground, forged) = (Ground::new(kind, "forged").await, forged(kind));
-    let attempts: Arc<Mutex<Vec<(Vec<u8>, u32)>>> = Arc::default();
+    let attempts: Arc<Mutex<Vec<Tried>>> = Arc::default();
     let seen = Arc::clone(&attempts);
     let handler = move |message: Message, Attempt(attempt): Attempt| -> BoxFuture<Handled> {
         seen.lock().unwrap().push((message.payload().to_vec(), attempt));
@@ -265,7 +268,8 @@ async fn forged_headers_change_neither_attempts_nor_the_story(kind: Kind) {
         ground.send(sent.clone()).await;
     }
     all_end(running, &ground, forged.len()).await;
-    let (attempts, letters) = (attempts.lock().unwrap(), ground.letters().await);
+    let letters = ground.letters().await;
+    let attempts = attempts.lock().unwrap();
     for sent in &forged {
         let what = format!("{kind:?}: {:?}", sent.headers);
         let runs: Vec<u32> =

@@ -66,7 +66,7 @@ pub(crate) struct Ground {
 }
 
 enum Client {
-    Amqp { channel: Channel, connection: Connection, asking: Mutex<Option<Channel>> },
+    Amqp { channel: Channel, connection: Box<Connection>, asking: Mutex<Option<Channel>> },
     Nats(Context),
 }
 
@@ -330,7 +330,7 @@ impl Client {
         let connection = Connection::connect(&url(kind), ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        Self::Amqp { channel, connection, asking: Mutex::default() }
+        Self::Amqp { channel, connection: Box::new(connection), asking: Mutex::default() }
     }
 }
 
