@@ -1,13 +1,40 @@
 //! Bad input: each has a named result, never a panic, never a hot loop.
+//!
+//! Here over the broker in memory, by the thousand; in `end_to_end/bad_input.rs` ("over brokers") over RabbitMQ's
+//! classic and quorum queues and JetStream, where a client or a server has a say in it.
+//!
+//! | bad input | result | test |
+//! |---|---|---|
+//! | id missing, empty | `missing_id`, or as the queue says | `ids_that_are_missing_or_bad_are_named`, `a_message_without_an_id_goes_the_way_its_queue_says`, `strangers::each_policy_for_missing_ids_holds_for_each_way_to_have_none`; over brokers `ids_that_are_missing_empty_or_too_long_are_named` |
+//! | id of 255 bytes, with `* > . space`, NUL, CR/LF | an id: handled, then a duplicate | `ids_that_are_missing_or_bad_are_named`; over brokers `ids_of_any_look_are_ids_of_their_own` |
+//! | id of 10 KB | `invalid_id` | `ids_that_are_missing_or_bad_are_named`, `strangers::an_id_may_have_4096_bytes_and_not_one_more_whatever_brings_it`; over brokers `ids_that_are_missing_empty_or_too_long_are_named` |
+//! | id that is not UTF-8 | an id, in a header; in a property see hostile frames | `ids_that_are_missing_or_bad_are_named`; over brokers `an_id_header_of_any_amqp_type_is_an_id_or_named_as_missing` |
+//! | look-alikes: é composed and not, zero width, other scripts | ids of their own | `strangers::look_alikes_are_ids_of_their_own`; over brokers `ids_of_any_look_are_ids_of_their_own` |
+//! | a header of the wrong type, an odd content type | read as text; nothing is no id | `amqp_broker::settling::headers_of_every_amqp_type_are_read`; over brokers `an_id_header_of_any_amqp_type_is_an_id_or_named_as_missing`, `bodies_that_cannot_be_read_are_parked_whole` |
+//! | header floods | carried on the dead letter | `a_flood_of_headers_is_carried_on_the_dead_letter`, also over brokers |
+//! | larger than the dead-letter destination takes | `too_large`: it stays with its queue, which goes on | `strangers::a_message_too_large_for_the_dead_letters_stays_and_stops_nobody`, `amqp_broker::copies::a_copy_that_is_too_large_is_refused_and_the_next_one_is_not`; over brokers `what_is_too_large_for_the_dead_letters_stays_and_stops_nobody` |
+//! | invalid JSON, nested 10,000 deep, a huge number, lone surrogates | `undecodable`, the body whole; `missing_id` if the id is in it | `bodies_that_cannot_be_read_are_parked_at_once_and_not_quoted`, `pointers_into_bad_bodies_find_no_id`; over brokers `bodies_that_cannot_be_read_are_parked_whole` |
+//! | forged attempts | the store counts; without a claim they shorten the sender's own way | `forged_attempts_count_for_nothing_where_the_store_counts`, `forged_attempts_only_shorten_the_way_of_messages_without_an_id`; over brokers `forged_headers_change_neither_attempts_nor_the_story` |
+//! | forged generations | one fresh start each at most | `forged_generations_give_no_message_endless_attempts`, `strangers::a_generation_exactly_one_above_starts_afresh_and_no_other_does` and three more there |
+//! | forged due times, records, moved headers, `x-death`, counters of the broker's | not believed | `strangers::every_message_has_a_named_end_and_a_copy_that_is_true_to_it`; over brokers `forged_headers_change_neither_attempts_nor_the_story` |
+//! | the same id, without an end | runs once, the rest are duplicates | `the_same_id_ten_thousand_times_runs_once` |
+//! | new ids, without an end | taken; the oldest are forgotten, counted, and no claim is | `a_hundred_thousand_new_ids_in_a_row_are_taken_in_bounded_memory`, `invariants::i12_a_full_store_forgets_the_oldest_ids_counts_them_and_never_a_claim` |
+//! | another queue's id | handled | `invariants::i10_queues_that_share_a_store_do_not_suppress_each_other` |
+//! | a pre-burnt id | scope by queue; `id_conflict` by the body's digest; the validated user in the id | `invariants::i10_…`, `invariants::i11_the_same_id_with_another_body_is_a_conflict_whatever_became_of_the_first`; over brokers `an_id_with_the_validated_user_in_it_cannot_be_burnt_by_another` |
+//! | an error text of any size and kind | bounded and escaped | `an_error_text_of_any_size_and_kind_is_bounded_on_the_dead_letter` |
+//! | all of it, mixed | one named end each | `ten_thousand_bad_messages_have_one_named_end_each` |
+//! | hostile frames, which end a client's connection (SECURITY.md) | the loss is noticed, nothing is acked, the connection is made again | no such frame is kept here; of a connection that ends, for whatever reason: `end_to_end::amqp::f8_connections_closed_by_the_broker_lose_nothing_and_repeat_nothing_that_was_completed`, `end_to_end::nats::f8_a_cut_connection_loses_nothing_and_repeats_nothing_that_was_completed` |
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use guestlist::broker::copy::DeadLetter;
+use guestlist::dedup::protocol::{Ask, Claim, Held, Run, Token};
+use guestlist::dedup::{DedupStore, MemoryStore};
 use guestlist::{
     Attempt, EventKind, Failure, Identity, Json, Message, MessageBuilder, MessageId, MissingId, Outcome,
-    Queue, defaults,
+    Queue, Scope, defaults,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -379,6 +406,28 @@ async fn the_same_id_ten_thousand_times_runs_once() {
     assert_eq!(lab.journal.runs("1"), 1);
     process.stop().await.unwrap();
     lab.check();
+}
+
+/// No new id is refused, and what the store forgets early is counted. (How a consumer goes on over a full store:
+/// `i12_…`.)
+#[test]
+fn a_hundred_thousand_new_ids_in_a_row_are_taken_in_bounded_memory() {
+    const IDS: u64 = 100_000;
+    const REMEMBERED: u64 = 1_000;
+    let (store, scope) = (MemoryStore::with_capacity(REMEMBERED), Scope::new("", ORDERS));
+    let in_process = store.in_process().unwrap();
+    let key = |number: u64| scope.key(&MessageId::new(number.to_string()).unwrap());
+    let claim = |number: u64, token| in_process.claim_now(&key(number), &Ask::new(token, HOUR, HOUR));
+    for number in 0..IDS {
+        let token = Token::random();
+        let claimed = claim(number, token);
+        let Claim::Acquired { fence, attempt: 1, .. } = claimed else { panic!("{number}: {claimed:?}") };
+        assert_eq!(in_process.complete_now(&key(number), Run { token, fence }, HOUR), Held::Yes, "{number}");
+    }
+    assert_eq!((store.in_progress(), store.forgotten_early()), (0, IDS - REMEMBERED));
+    let newest = (IDS - REMEMBERED / 2..IDS)
+        .all(|number| matches!(claim(number, Token::random()), Claim::Done { .. }));
+    assert!(newest, "the newest are remembered");
 }
 
 #[tokio::test(start_paused = true)]

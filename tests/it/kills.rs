@@ -12,6 +12,7 @@ mod inbox;
 mod outage;
 mod poison;
 mod server;
+mod steps;
 mod stores;
 
 use std::path::PathBuf;

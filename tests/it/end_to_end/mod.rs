@@ -2,6 +2,10 @@
 
 #[cfg(feature = "amqp")]
 mod amqp;
+#[cfg(all(feature = "amqp", feature = "nats", feature = "testing"))]
+mod bad_input;
+#[cfg(all(feature = "amqp", feature = "nats", feature = "testing"))]
+mod causes;
 #[cfg(feature = "testing")]
 mod delays;
 #[cfg(feature = "nats")]
@@ -9,6 +13,8 @@ mod nats;
 mod proxy;
 #[cfg(feature = "testing")]
 mod records;
+#[cfg(all(feature = "amqp", feature = "nats", feature = "testing"))]
+mod retries;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -100,7 +100,7 @@ impl Job {
     }
 }
 
-fn append(path: PathBuf) -> File {
+pub(super) fn append(path: PathBuf) -> File {
     OpenOptions::new().append(true).create(true).open(path).unwrap()
 }
 
@@ -182,7 +182,7 @@ async fn say_when_ready(status: Status, file: PathBuf) {
 }
 
 /// Read by a thread that nobody waits for: a runtime would wait for its own.
-fn parent_is_done() -> oneshot::Receiver<()> {
+pub(super) fn parent_is_done() -> oneshot::Receiver<()> {
     let (done, is_done) = oneshot::channel();
     std::thread::spawn(move || {
         let _ = std::io::stdin().read_to_end(&mut Vec::new());

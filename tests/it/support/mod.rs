@@ -5,6 +5,9 @@
 
 mod capture;
 mod doubles;
+#[cfg(all(feature = "amqp", feature = "nats"))]
+#[macro_use]
+pub(crate) mod ground;
 mod journal;
 mod process;
 mod trial;
