@@ -48,6 +48,10 @@ pub const ROUTING_KEY: &str = "guestlist-orig-routing-key";
 pub const STREAM: &str = "guestlist-orig-stream";
 /// JetStream: the sequence in the stream.
 pub const SEQUENCE: &str = "guestlist-orig-sequence";
+/// JetStream: when the original was stored, milliseconds since 1970. A copy has a time of its own, and would be young for ever.
+pub const TIMESTAMP: &str = "guestlist-orig-timestamp";
+/// JetStream without message schedules: how many milliseconds after it was stored a copy is handed over.
+pub const HOLD: &str = "guestlist-hold";
 /// The original's transport id, since the copy may have one of its own. Empty: it had none.
 pub const TRANSPORT_ID: &str = "guestlist-orig-id";
 /// A header that the broker acts on, moved aside: this, then its name.
@@ -254,6 +258,8 @@ pub(crate) struct Marks {
     pub(crate) attempt: u32,
     pub(crate) generation: u32,
     pub(crate) due: Option<SystemTime>,
+    pub(crate) timestamp: Option<SystemTime>,
+    pub(crate) hold: Option<Duration>,
     /// The original's, empty if it had none.
     pub(crate) transport_id: Option<Bytes>,
     /// Full names and raw values of what was moved aside.
@@ -278,6 +284,8 @@ impl Marks {
             ATTEMPT => self.attempt = number(value),
             GENERATION => self.generation = number(value),
             DUE => self.due = time(value),
+            TIMESTAMP => self.timestamp = time(value),
+            HOLD => self.hold = length(value),
             TRANSPORT_ID => self.transport_id = Some(decode(value)),
             moved if moved.starts_with(MOVED_HEADER) => {
                 let original = &moved[MOVED_HEADER.len()..];
@@ -326,6 +334,12 @@ fn time(value: &[u8]) -> Option<SystemTime> {
     // We write none further away; the other machine's clock may be ahead.
     let furthest = SystemTime::now() + LONGEST + CLOCKS_APART;
     (due <= furthest).then_some(due)
+}
+
+/// Milliseconds; a forged one holds nothing up for longer than we would.
+fn length(value: &[u8]) -> Option<Duration> {
+    let millis = std::str::from_utf8(value).ok()?.parse().ok()?;
+    Some(Duration::from_millis(millis).min(LONGEST))
 }
 
 /// Percent-encodes everything but visible ASCII, and `%`: any bytes travel as a header value.

@@ -90,7 +90,10 @@
 //! [`NatsOptions::ack_wait`]: super::NatsOptions::ack_wait
 //! [`NatsOptions::double_ack`]: super::NatsOptions::double_ack
 
+mod again;
+mod both;
 mod connect;
+mod holds;
 mod publish;
 mod settle;
 mod source;
@@ -132,7 +135,8 @@ impl Broker for Nats {
     async fn prepare(&self, queue: &QueueSpec) -> Result<(), BrokerError> {
         let link = self.link().await?;
         if !queue.nats.core {
-            topology::source(&link, queue).await?;
+            let durable = topology::source(&link, queue).await?;
+            again::prepare(self, &link, queue, &durable).await?;
         }
         topology::dead_letters(&link, queue).await
     }
@@ -145,11 +149,17 @@ impl Broker for Nats {
             ));
         }
         let durable = topology::source(&link, queue).await?;
-        Ok(Box::new(source::Pull::start(&link, queue, &durable, self.confirm()).await?))
+        let own = again::prepare(self, &link, queue, &durable).await?;
+        Ok(Box::new(both::Both::start(&link, queue, &durable, own, self.confirm()).await?))
     }
 
     async fn publish(&self, to: &Destination, copy: &Copy<'_>) -> Result<(), BrokerError> {
-        publish::publish(&self.link().await?.client, self.confirm(), to, copy).await
+        let (marked, link) = (publish::Marked::plain(copy, to)?, self.link().await?);
+        publish::publish(&link.client, self.confirm(), to.name(), copy, marked).await
+    }
+
+    fn again(&self, queue: &QueueSpec) -> Destination {
+        again::destination(queue)
     }
 
     async fn close(&self) {
