@@ -165,11 +165,7 @@ async fn permitted<T>(
     }
 }
 
-async fn find_or_make_stream(
-    link: &Link,
-    names: &Names,
-    replicas: usize,
-) -> Result<stream::Config, NotMade> {
+async fn find_or_make_stream(link: &Link, names: &Names, replicas: usize) -> Result<stream::Config, NotMade> {
     let wanted = config(link, names, replicas);
     match permitted(link, names, topology::stream_config(link, &names.stream)).await? {
         Some(found) => Ok(brought_up(link, names, found, &wanted).await),
@@ -227,10 +223,16 @@ fn check_stream(config: &stream::Config, names: &Names) -> Result<(), BrokerErro
     let subjects = [names.subject.clone(), held(names, "*")];
     let wrong: Vec<&str> = [
         (config.retention != RetentionPolicy::WorkQueue, "its retention is not `workqueue`"),
-        (!subjects.iter().all(|subject| config.subjects.contains(subject)), "it does not keep its two subjects"),
+        (
+            !subjects.iter().all(|subject| config.subjects.contains(subject)),
+            "it does not keep its two subjects",
+        ),
         (!config.max_age.is_zero(), "it has a max_age, by which delayed messages would be lost"),
         (config.max_messages > 0 || config.max_bytes > 0, "it has a limit, by which messages would be lost"),
-        (config.max_messages_per_subject > 0, "it has a limit for each subject, by which messages would be lost"),
+        (
+            config.max_messages_per_subject > 0,
+            "it has a limit for each subject, by which messages would be lost",
+        ),
         (config.storage != StorageType::File, "it is kept in memory"),
         (config.no_ack, "it confirms nothing (no_ack)"),
         (config.sealed, "it is sealed"),
@@ -298,7 +300,8 @@ mod tests {
         let parts = ["a", "b", "-", "a-", "-a", "a-b", "b-a", "a-b-1", "1", "3", "-3", "a_b", "A"];
         let pairs = || parts.iter().flat_map(|stream| parts.iter().map(move |durable| (*stream, *durable)));
         let mut streams: Vec<String> = pairs().map(|(stream, durable)| of(stream, durable).stream).collect();
-        let mut subjects: Vec<String> = pairs().map(|(stream, durable)| of(stream, durable).subject).collect();
+        let mut subjects: Vec<String> =
+            pairs().map(|(stream, durable)| of(stream, durable).subject).collect();
         for names in [&mut streams, &mut subjects] {
             names.sort_unstable();
             names.dedup();

@@ -122,9 +122,14 @@ impl Both {
                 Side::Again => ask_for_the_last_place(cx, again, source, busy),
             },
             (_, true) => ask_each(cx, source, again, free, free / 2, Patience::Short),
-            (_, false) => {
-                ask_each(cx, source, again, free, 1, if free < FEW { Patience::Short } else { Patience::Shared })
-            }
+            (_, false) => ask_each(
+                cx,
+                source,
+                again,
+                free,
+                1,
+                if free < FEW { Patience::Short } else { Patience::Shared },
+            ),
         }
     }
 }

@@ -433,7 +433,9 @@ impl Link {
             loop {
                 match errors.recv().await {
                     Ok(error) => {
-                        if let Some(subject) = denied(&error).filter(|subject| *subject == about || subject.split('.').any(|part| part == about)) {
+                        if let Some(subject) = denied(&error).filter(|subject| {
+                            *subject == about || subject.split('.').any(|part| part == about)
+                        }) {
                             return subject.to_owned();
                         }
                     }

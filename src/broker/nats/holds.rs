@@ -10,7 +10,7 @@ use super::again;
 use super::connect::Link;
 use super::publish::{self, Marked};
 use super::topology::Names;
-use crate::broker::{BrokerError, BrokerErrorKind, Copy, copy};
+use crate::broker::{BrokerError, Copy, copy};
 
 /// Publishes the copies that wait for a long delay.
 pub(super) struct Holds {
@@ -45,11 +45,7 @@ impl Holds {
             if self.schedules { again::held(&self.names, delivery) } else { self.names.subject.clone() };
         let marks = self.marks(copy, delay, due);
         let marked = Marked { id: delivery, marks, stream: Some(self.names.stream.clone()) };
-        tokio::select! {
-            biased;
-            subject = self.link.denial(&subject) => Err(forbidden(&subject)),
-            put = publish::publish(&self.link.client, self.limit, &subject, copy, marked) => put,
-        }
+        publish::permitted(&self.link, self.limit, &subject, copy, marked).await
     }
 
     fn marks(&self, copy: &Copy<'_>, delay: Duration, due: SystemTime) -> Vec<(&'static str, String)> {
@@ -70,10 +66,6 @@ impl Holds {
         let waited = self.clock.now().duration_since(stored).unwrap_or_default();
         hold.saturating_sub(waited)
     }
-}
-
-fn forbidden(subject: &str) -> BrokerError {
-    BrokerError::new(BrokerErrorKind::Refused, format!("this user may not publish to `{subject}`"))
 }
 
 /// Up: not even a millisecond early.
@@ -101,7 +93,10 @@ impl Clock {
         let seen = Instant::now();
         let asked = link.client.send_request(format!("$JS.API.STREAM.INFO.{stream}"), Request::new());
         let server = asked.await.ok().and_then(|answer| time_in(&answer.payload));
-        server.map_or_else(|| Self { server: SystemTime::now(), seen: Instant::now() }, |server| Self { server, seen })
+        server.map_or_else(
+            || Self { server: SystemTime::now(), seen: Instant::now() },
+            |server| Self { server, seen },
+        )
     }
 
     fn now(&self) -> SystemTime {

@@ -11,6 +11,7 @@ use async_nats::{Client, HeaderMap, HeaderName, HeaderValue, header};
 use bytes::Bytes;
 
 use super::again;
+use super::connect::Link;
 use super::topology::is_concrete;
 use crate::broker::{BrokerError, BrokerErrorKind, Copy, Destination, copy};
 
@@ -35,8 +36,30 @@ impl<'a> Marked<'a> {
     }
 }
 
+/// Publishes a copy to a subject, of ours where it makes a difference: a publish that is not permitted is never answered,
+/// and would be taken for one that may be repeated.
+pub(super) async fn permitted(
+    link: &Link,
+    limit: Duration,
+    subject: &str,
+    copy: &Copy<'_>,
+    marked: Marked<'_>,
+) -> Result<(), BrokerError> {
+    if marked.stream.is_none() {
+        return publish(&link.client, limit, subject, copy, marked).await;
+    }
+    tokio::select! {
+        biased;
+        subject = link.denial(subject) => {
+            let what = format!("this user may not publish to `{subject}`");
+            Err(BrokerError::new(BrokerErrorKind::Refused, what))
+        }
+        put = publish(&link.client, limit, subject, copy, marked) => put,
+    }
+}
+
 /// Publishes a copy. `Ok` means that a stream has it.
-pub(super) async fn publish(
+async fn publish(
     client: &Client,
     limit: Duration,
     subject: &str,

@@ -498,11 +498,7 @@ pub fn split(message: jetstream::Message) -> (Message, Acker) {
 
 /// What a frame says, and the subject to answer it on; `None` if no stream delivered it. `ours`: it comes from our own
 /// stream, where the first delivery of a copy that is not on schedule only finds that it is not due.
-fn read_frame(
-    frame: async_nats::Message,
-    queue: Option<&str>,
-    ours: bool,
-) -> Option<(Message, Subject)> {
+fn read_frame(frame: async_nats::Message, queue: Option<&str>, ours: bool) -> Option<(Message, Subject)> {
     let reply = frame.reply?;
     let place = Place::read(&reply)?;
     let mut source = Source::new(super::SYSTEM, queue.unwrap_or(place.durable));

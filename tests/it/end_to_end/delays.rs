@@ -256,6 +256,7 @@ mod amqp {
 
 #[cfg(feature = "nats")]
 mod nats {
+    use guestlist::broker::NatsOptions;
     use guestlist::broker::nats::async_nats::HeaderMap;
     use guestlist::broker::nats::async_nats::jetstream::message::PublishMessage;
 
@@ -272,14 +273,18 @@ mod nats {
         stranger.0.send_publish(subject.to_owned(), message).await.unwrap().await.unwrap();
     }
 
+    /// By `-NAK`, and by copies in the durable's own stream.
     macro_rules! over_jetstream {
         ($($case:ident)+) => {$(
             #[tokio::test]
             async fn $case() {
-                let name = unique("nats");
-                let stranger = Stranger::with_dead_letters(&name).await;
-                let queue = Queue::new(name.as_str()).dead_letter(dead(&name));
-                super::$case(&url(), queue, &name, async |headers| send(&stranger, &name, headers).await).await;
+                let copies = NatsOptions::new().long_delay(Duration::from_millis(500));
+                for options in [NatsOptions::new(), copies] {
+                    let name = unique("nats");
+                    let stranger = Stranger::with_dead_letters(&name).await;
+                    let queue = Queue::new(name.as_str()).dead_letter(dead(&name)).nats(options);
+                    super::$case(&url(), queue, &name, async |headers| send(&stranger, &name, headers).await).await;
+                }
             }
         )+};
     }
