@@ -1,12 +1,14 @@
 //! A durable and the stream of our own beside it, pulled as one subscription that shares its room.
 
 use std::array;
+use std::future::Future as _;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::future::join;
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep};
 
 use super::again::Own;
 use super::connect::Link;
@@ -30,9 +32,29 @@ pub(super) struct Both {
     in_hand: Arc<InHand>,
     /// Who is asked first, and has the last place.
     turn: Side,
-    /// When the one without messages last looked for some, beside one that has.
-    looked: Instant,
+    look: Look,
     ended: bool,
+}
+
+/// When the one without messages looks for some, beside one that has.
+struct Look {
+    timer: Pin<Box<Sleep>>,
+}
+
+impl Look {
+    fn new() -> Self {
+        Self { timer: Box::pin(sleep(Duration::ZERO)) }
+    }
+
+    /// If not, the task is woken when it is.
+    fn due(&mut self, cx: &mut Context<'_>) -> bool {
+        let due = self.timer.as_mut().poll(cx).is_ready();
+        if due {
+            self.timer.as_mut().reset(Instant::now() + LOOK);
+            let _ = self.timer.as_mut().poll(cx);
+        }
+        due
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +91,7 @@ impl Both {
             again = Some(pull.of_copies(holds));
         }
         let source = Pull::start(link, spec, durable, of_source, &in_hand).await?;
-        Ok(Self { source, again, in_hand, turn: Side::Source, looked: Instant::now(), ended: false })
+        Ok(Self { source, again, in_hand, turn: Side::Source, look: Look::new(), ended: false })
     }
 
     fn pull(&mut self, side: Side) -> Option<&mut Pull> {
@@ -115,8 +137,8 @@ impl Both {
         };
         match (source.busy(), again.busy()) {
             _ if free == 0 => Ok(()),
-            (true, false) => ask_and_look(cx, source, again, free, &mut self.looked),
-            (false, true) => ask_and_look(cx, again, source, free, &mut self.looked),
+            (true, false) => ask_and_look(cx, source, again, free, &mut self.look),
+            (false, true) => ask_and_look(cx, again, source, free, &mut self.look),
             (_, busy) if free == 1 => match self.turn {
                 Side::Source => ask_for_the_last_place(cx, source, again, busy),
                 Side::Again => ask_for_the_last_place(cx, again, source, busy),
@@ -152,11 +174,10 @@ fn ask_and_look(
     busy: &mut Pull,
     idle: &mut Pull,
     free: usize,
-    looked: &mut Instant,
+    look: &mut Look,
 ) -> Result<(), BrokerError> {
-    if looked.elapsed() >= LOOK && busy.wanted() < free {
-        *looked = Instant::now();
-        ask_beside(cx, idle, busy, 1, free, Patience::None)?;
+    if look.due(cx) {
+        ask_beside(cx, idle, busy, 1, free, Patience::Glance)?;
     }
     ask_beside(cx, busy, idle, free, free, Patience::Short)
 }
@@ -180,7 +201,7 @@ fn ask_for_the_last_place(
     other: &Pull,
     both_busy: bool,
 ) -> Result<(), BrokerError> {
-    let patience = if both_busy { Patience::None } else { Patience::Short };
+    let patience = if both_busy { Patience::Glance } else { Patience::Short };
     ask_beside(cx, first, other, 1, 1, patience)
 }
 

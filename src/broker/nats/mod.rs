@@ -19,8 +19,7 @@
 //!    the subscription with an error that says which.
 //! 7. `cancel` hands back at once what had arrived and was not delivered, from the durable and from its own stream.
 //! 8. A copy that is to be worked on again ([`Broker::again`]) goes to one durable's own stream, and never to the source's
-//!    subject, which other durables read. There it counts once, however often it is published within the stream's
-//!    duplicate window (2 min).
+//!    subject, which other durables read.
 //! 9. Credentials are in no `Debug`, error or log of ours, and not in the URLs that the client
 //!    logs. (The client's own `TRACE` level does print what it sends to log in.)
 //!

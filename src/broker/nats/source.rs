@@ -28,21 +28,22 @@ use crate::{Acker, Delivery, Message};
 pub(super) enum Patience {
     /// 30 s: nobody else wants the places that it keeps.
     Alone,
-    /// 5 s: they are shared, and there are many.
+    /// 1 s: they are shared, and there are many.
     Shared,
     /// Half a second: there are few, or what is asked for is expected to be there.
     Short,
-    /// Not at all: another one has messages for the place that it keeps.
-    None,
+    /// 10 ms: another one has messages for the place that it keeps. Not `no_wait`: such a request can stay with the
+    /// server for ever, without a word, when the one message that it counted on has gone meanwhile.
+    Glance,
 }
 
 impl Patience {
-    fn expires(self) -> Option<Duration> {
+    const fn expires(self) -> Duration {
         match self {
-            Self::Alone => Some(Duration::from_secs(30)),
-            Self::Shared => Some(Duration::from_secs(5)),
-            Self::Short => Some(Duration::from_millis(500)),
-            Self::None => None,
+            Self::Alone => Duration::from_secs(30),
+            Self::Shared => Duration::from_secs(1),
+            Self::Short => Duration::from_millis(500),
+            Self::Glance => Duration::from_millis(10),
         }
     }
 }
@@ -50,6 +51,9 @@ impl Patience {
 /// How often the server says that it still has the request: 5 s. Twice this without a word, and
 /// it counts as dead.
 const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// How long a message says that there are more: for longer than another one's request may keep the places for them.
+const BUSY: Duration = Duration::from_secs(2);
 
 /// How long `cancel` listens for deliveries that are on their way.
 const ON_THEIR_WAY: Duration = Duration::from_millis(100);
@@ -121,9 +125,9 @@ impl Pull {
         self.requests.wanted
     }
 
-    /// The last that was heard is a message, not that there is none.
+    /// The last that was heard is a message, a moment ago, and not that there is none.
     pub(super) fn busy(&self) -> bool {
-        self.requests.busy
+        self.requests.brought.is_some_and(|brought| brought.elapsed() < BUSY)
     }
 
     /// Asks for as many messages as are free, once half of what was asked for is used up: so the
@@ -279,7 +283,8 @@ struct Requests {
     wanted: usize,
     largest: usize,
     longest: Duration,
-    busy: bool,
+    /// When the last message came, unless a request came to nothing since.
+    brought: Option<Instant>,
 }
 
 impl Requests {
@@ -288,7 +293,7 @@ impl Requests {
             |api: &str| Subject::from(format!("$JS.API.CONSUMER.{api}.{}.{}", names.stream, names.durable));
         let longest = durable.max_expires.unwrap_or(Duration::MAX);
         let largest = durable.max_batch.unwrap_or(usize::MAX);
-        Self { next: of("MSG.NEXT"), info: of("INFO"), inbox, wanted: 0, largest, longest, busy: false }
+        Self { next: of("MSG.NEXT"), info: of("INFO"), inbox, wanted: 0, largest, longest, brought: None }
     }
 
     /// How many to ask for, if it is time to.
@@ -299,15 +304,13 @@ impl Requests {
 
     fn request(&mut self, count: usize, patience: Patience) -> OutboundMessage {
         self.wanted += count;
-        let payload = match patience.expires().map(|expires| expires.min(self.longest)) {
-            // The server refuses a heartbeat longer than half the expiry. A shorter request is itself a sign of life.
-            Some(expires) if expires >= HEARTBEAT * 2 => format!(
-                r#"{{"batch":{count},"expires":{},"idle_heartbeat":{}}}"#,
-                expires.as_nanos(),
-                HEARTBEAT.as_nanos()
-            ),
-            Some(expires) => format!(r#"{{"batch":{count},"expires":{}}}"#, expires.as_nanos()),
-            None => format!(r#"{{"batch":{count},"no_wait":true}}"#),
+        let expires = patience.expires().min(self.longest);
+        let payload = if expires >= HEARTBEAT * 2 {
+            let (expires, heartbeat) = (expires.as_nanos(), HEARTBEAT.as_nanos());
+            format!(r#"{{"batch":{count},"expires":{expires},"idle_heartbeat":{heartbeat}}}"#)
+        } else {
+            // The server refuses a heartbeat longer than half the expiry. That is a sign of life itself.
+            format!(r#"{{"batch":{count},"expires":{}}}"#, expires.as_nanos())
         };
         let (subject, reply) = (self.next.clone(), Some(self.inbox.clone()));
         OutboundMessage { subject, payload: payload.into(), headers: None, reply }
@@ -315,7 +318,7 @@ impl Requests {
 
     fn arrived(&mut self) {
         self.wanted = self.wanted.saturating_sub(1);
-        self.busy = true;
+        self.brought = Some(Instant::now());
     }
 
     /// Reads what the server says in place of a message.
@@ -340,7 +343,9 @@ impl Requests {
         let left = frame.headers.as_ref().and_then(|headers| headers.get(PENDING_MESSAGES));
         let left = left.and_then(|left| left.as_str().parse().ok()).unwrap_or(self.wanted);
         self.wanted = self.wanted.saturating_sub(left);
-        self.busy = self.busy && left == 0;
+        if left > 0 {
+            self.brought = None;
+        }
     }
 }
 
