@@ -206,16 +206,15 @@ async fn brought_up(
         let updated = link.jetstream.update_stream(&better).await;
         updated.map_err(|error| refused("the stream cannot be changed").with_source(error))
     };
-    match permitted(link, names, update).await {
-        Ok(updated) => updated.config,
-        Err(_) => {
-            tracing::warn!(
-                target: "guestlist", stream = names.stream, replicas = better.num_replicas, schedules = better.allow_message_schedules,
-                "a stream of ours cannot be changed to what the source and the server would allow; it is used as it is"
-            );
-            found
-        }
+    if let Ok(updated) = permitted(link, names, update).await {
+        return updated.config;
     }
+    tracing::warn!(
+        target: "guestlist", stream = names.stream, replicas = better.num_replicas,
+        schedules = better.allow_message_schedules,
+        "a stream of ours cannot be changed to what the source and the server would allow; it is used as it is"
+    );
+    found
 }
 
 /// Refuses a stream in which copies would be lost, or out of reach, naming every reason.

@@ -491,13 +491,12 @@ pub fn split(message: jetstream::Message) -> (Message, Acker) {
     let settle = Settler::new(message.context.client(), false, crate::defaults::CONFIRM);
     let frame = message.message;
     let bare = (frame.payload.clone(), frame.headers.clone());
-    let (message, reply) = match read_frame(frame, None, false) {
-        Some((message, reply)) => (message, Bytes::from(reply.into_string())),
-        None => {
-            let message = with_headers(Message::builder(bare.0), bare.1.as_ref());
-            (message.source(Source::new(super::SYSTEM, "")).build(), Bytes::new())
-        }
-    };
+    let read =
+        read_frame(frame, None, false).map(|(message, reply)| (message, Bytes::from(reply.into_string())));
+    let (message, reply) = read.unwrap_or_else(|| {
+        let message = with_headers(Message::builder(bare.0), bare.1.as_ref());
+        (message.source(Source::new(super::SYSTEM, "")).build(), Bytes::new())
+    });
     Delivery::new(message, Arc::new(settle), AckHandle::Reply(reply)).into_parts()
 }
 
