@@ -7,7 +7,7 @@ use guestlist::delay::{DELIVER_AFTER, DELIVER_AT};
 use guestlist::prelude::*;
 use guestlist::{BoxFuture, Cause};
 
-use super::{Running, unique, until};
+use super::{Running, unique};
 
 /// No delay that was asked for may be shorter, nor much longer. How much exactly depends on the machine: the figures are printed.
 const LATE: Duration = Duration::from_secs(1);
@@ -160,6 +160,7 @@ mod amqp {
     use guestlist::broker::amqp::lapin::types::{AMQPValue, FieldTable, ShortString};
 
     use super::super::amqp::{KINDS, Stranger, url};
+    use super::super::until;
     use super::*;
 
     async fn send(stranger: &Stranger, queue: &str, headers: &[(&str, String)]) {
