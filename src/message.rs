@@ -311,8 +311,8 @@ impl Message {
 
     /// What our own copy's header and the broker's count say; hints, since headers can be forged.
     pub(crate) fn hinted_attempt(&self) -> u32 {
-        let copies = self.parts.copy.attempt.saturating_add(1);
-        copies.max(self.parts.broker_deliveries.unwrap_or(1))
+        // A copy is counted by the broker from 1 again.
+        self.parts.copy.attempt.saturating_add(self.parts.broker_deliveries.unwrap_or(1).max(1))
     }
 
     /// From when on it may be handled, as far as somebody has looked, here or where our copy was made.
@@ -500,6 +500,10 @@ impl MessageBuilder {
     pub fn build(mut self) -> Message {
         self.0.copy = copy::Marks::take_from(&mut self.0.headers);
         self.0.copy.restore_source(&mut self.0.source);
+        if let Some(original) = self.0.copy.timestamp {
+            // The original is no younger than its copy, whatever a stranger wrote.
+            self.0.timestamp = self.0.timestamp.map(|stored| stored.min(original));
+        }
         if let Some(original) = self.0.copy.transport_id.take() {
             self.0.transport_id = MessageId::new(original);
         }

@@ -34,6 +34,8 @@
 //! | `guestlist-orig-exchange` | AMQP: the exchange it was published to, encoded | hold, redriven |
 //! | `guestlist-orig-routing-key` | AMQP: the routing key; NATS: the subject; encoded | hold, redriven |
 //! | `guestlist-orig-stream`, `guestlist-orig-sequence` | JetStream: where it was stored | hold, redriven |
+//! | `guestlist-orig-timestamp` | JetStream: when the original was stored, milliseconds since 1970; the age of the message counts from then | hold, redriven |
+//! | `guestlist-hold` | JetStream without message schedules: how many milliseconds after it was stored the copy is handed over | hold only |
 //! | `guestlist-orig-id` | the original's transport id, encoded; empty: it had none | hold, redriven |
 //! | `guestlist-orig-h-…` | a header that a broker acts on, moved aside, encoded, redacted | hold, redriven |
 //! | `guestlist-orig-p-…` | a property that a broker acts on, moved aside, encoded, redacted | hold, redriven |
@@ -101,6 +103,10 @@ pub const ROUTING_KEY: &str = "guestlist-orig-routing-key";
 pub const STREAM: &str = "guestlist-orig-stream";
 /// JetStream: the sequence in the stream.
 pub const SEQUENCE: &str = "guestlist-orig-sequence";
+/// JetStream: when the original was stored, milliseconds since 1970. A copy has a time of its own, and would be young for ever.
+pub const TIMESTAMP: &str = "guestlist-orig-timestamp";
+/// JetStream without message schedules: how many milliseconds after it was stored a copy is handed over.
+pub const HOLD: &str = "guestlist-hold";
 /// The original's transport id, since the copy may have one of its own. Empty: it had none.
 pub const TRANSPORT_ID: &str = "guestlist-orig-id";
 /// A header that the broker acts on, moved aside: this, then its name.
@@ -325,12 +331,24 @@ impl<'a> Copy<'a> {
             Some(redaction) => redaction.value(field, value),
             None => Redact::Keep,
         };
+        let encoded = match field {
+            Field::Header(header) => format!("{MOVED_HEADER}{}", encode_name(header)),
+            _ => name.clone(),
+        };
         match kept {
-            Redact::Keep => Some((name, encode(value))),
+            Redact::Keep => Some((encoded, encode(value))),
             Redact::Remove => None,
-            Redact::Replace(text) => Some((name, encode(text.as_bytes()))),
+            Redact::Replace(text) => Some((encoded, encode(text.as_bytes()))),
         }
     }
+}
+
+/// The name of a header, as it travels aside. Not as it was, even where it could: a NATS server of 2.9 looks for the text
+/// `Nats-Msg-Id` in all of the headers, and takes one that was moved for the copy's own, so that it knows no duplicate.
+fn encode_name(name: &str) -> String {
+    let text = encode(name.as_bytes());
+    let acted_on = text.get(..5).is_some_and(|prefix| prefix.eq_ignore_ascii_case("nats-"));
+    if acted_on { format!("%{:02X}{}", text.as_bytes()[0], &text[1..]) } else { text }
 }
 
 /// The id that dedup found. Not the transport's, as long as nobody looked: the queue may not take

@@ -53,7 +53,7 @@ impl QueueSpec {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Declare {
     /// Refuse to start if something is missing, and say what. The default: a typo in a name must
-    /// not make a queue that nobody publishes to. Hold queues are ours and are always made.
+    /// not make a queue that nobody publishes to. Hold queues, and a durable's own stream, are ours and are always made.
     #[default]
     Check,
     /// Make what is missing. What is there must be as asked for.
@@ -120,6 +120,11 @@ pub struct NatsOptions {
     /// Ask the server to confirm each ack. Slower; a lost ack is then noticed at once, instead of
     /// by a redelivery that dedup skips.
     pub double_ack: bool,
+    /// From which delay on a message waits in the durable's own stream; none: [`defaults::LONG_DELAY`].
+    pub long_delay: Option<Duration>,
+    /// Do without the stream of its own beside each durable: long delays occupy the durable's
+    /// `max_ack_pending`, and a dead letter cannot be sent back to this durable alone.
+    pub without_own_stream: bool,
     /// Core NATS: no stream, no acks, no redelivery. Dedup and dead letters work; a failed or
     /// interrupted message that cannot be dead-lettered is *lost*.
     pub core: bool,
@@ -156,6 +161,21 @@ impl NatsOptions {
     #[must_use]
     pub fn double_ack(mut self) -> Self {
         self.double_ack = true;
+        self
+    }
+
+    /// From which delay on a message waits in the durable's own stream. Shorter ones stay in the source's, where they
+    /// cost no copy.
+    #[must_use]
+    pub fn long_delay(mut self, from: Duration) -> Self {
+        self.long_delay = Some(from);
+        self
+    }
+
+    /// Does without the stream of its own beside each durable.
+    #[must_use]
+    pub fn without_own_stream(mut self) -> Self {
+        self.without_own_stream = true;
         self
     }
 

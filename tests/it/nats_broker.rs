@@ -1,6 +1,8 @@
 //! NATS, against real servers: the one of `GUESTLIST_NATS_URL`, and private ones that tests may
 //! kill, freeze and lock down. `./scripts/test` sets all that is needed.
 
+mod again;
+
 use std::future::poll_fn;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -279,6 +281,8 @@ mod contract {
 
     struct JetStream {
         js: jetstream::Context,
+        /// From which delay on a message waits as a copy in the durable's own stream.
+        long_delay: Option<Duration>,
     }
 
     #[async_trait::async_trait]
@@ -291,6 +295,7 @@ mod contract {
             let mut spec = queue(name);
             spec.prefetch = prefetch;
             spec.nats = NatsOptions::new().ack_wait(ACK_WAIT);
+            spec.nats.long_delay = self.long_delay;
             spec
         }
 
@@ -300,7 +305,8 @@ mod contract {
         }
 
         async fn depth(&self, queue: &QueueSpec) -> u64 {
-            stored(&self.js, &queue.name).await
+            let own = format!("guestlist-{0}-{0}-{1}", queue.name, queue.name.len());
+            stored(&self.js, &queue.name).await + stored(&self.js, &own).await
         }
 
         async fn read_dead_letters(&self, queue: &QueueSpec) -> Vec<Message> {
@@ -320,7 +326,12 @@ mod contract {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn jetstream_keeps_the_contract() {
-        broker_contract(&JetStream { js: stranger().await }).await;
+        broker_contract(&JetStream { js: stranger().await, long_delay: None }).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn jetstream_keeps_the_contract_by_copies_too() {
+        broker_contract(&JetStream { js: stranger().await, long_delay: Some(Duration::ZERO) }).await;
     }
 }
 
@@ -1200,18 +1211,24 @@ async fn tls_needs_a_trusted_certificate_and_shows_its_own() {
 
 #[tokio::test]
 async fn the_permissions_in_the_docs_are_enough() {
-    let spec = queue("locked");
+    let mut spec = queue("locked");
+    spec.nats = spec.nats.long_delay(Duration::from_millis(100));
     let (name, dead_name) = (spec.name.clone(), dead(&spec).name().to_owned());
+    let own = format!("guestlist-{name}-{name}-{}", name.len());
     let allowed = |create: &str| {
         format!(
             "publish: [ \"$JS.API.STREAM.INFO.{name}\", \"$JS.API.CONSUMER.INFO.{name}.{name}\", \
              \"$JS.API.CONSUMER.MSG.NEXT.{name}.{name}\", \"$JS.ACK.{name}.{name}.>\", \"{dead_name}\", \
-             \"$JS.API.STREAM.NAMES\", \"$JS.API.STREAM.INFO.{dead_name}\", \"$JS.API.STREAM.MSG.GET.{dead_name}\" {create} ], \
+             \"$JS.API.STREAM.NAMES\", \"$JS.API.STREAM.INFO.{dead_name}\", \"$JS.API.STREAM.MSG.GET.{dead_name}\", \
+             \"$JS.API.STREAM.INFO.{own}\", \"$JS.API.CONSUMER.INFO.{own}.{name}\", \"$JS.API.CONSUMER.MSG.NEXT.{own}.{name}\", \
+             \"$JS.ACK.{own}.{name}.>\", \"$JS.API.STREAM.MSG.GET.{own}\", \"guestlist.again.{name}.{name}\", \
+             \"guestlist.hold.{name}.{name}.*\" {create} ], \
              subscribe: [ \"_MINE.>\" ]"
         )
     };
     let create = format!(
-        ", \"$JS.API.STREAM.CREATE.{name}\", \"$JS.API.CONSUMER.CREATE.{name}.{name}.>\", \"$JS.API.STREAM.CREATE.{dead_name}\""
+        ", \"$JS.API.STREAM.CREATE.{name}\", \"$JS.API.CONSUMER.CREATE.{name}.{name}.>\", \"$JS.API.STREAM.CREATE.{dead_name}\", \
+         \"$JS.API.STREAM.CREATE.{own}\", \"$JS.API.STREAM.UPDATE.{own}\", \"$JS.API.CONSUMER.CREATE.{own}.{name}.>\""
     );
     let users = format!(
         "authorization {{ users: [ {{ user: maker, password: x, permissions: {{ {} }} }}, \
@@ -1239,9 +1256,10 @@ async fn the_permissions_in_the_docs_are_enough() {
     for _ in 0..2 {
         park(&nats, &dead(&spec), delivery.message()).await.expect("parked, also as a duplicate");
     }
-    settle(delivery, Disposition::Requeue { after: Duration::from_millis(200) }).await;
+    settle(delivery, Disposition::Requeue { after: Duration::from_millis(500) }).await;
+    until("the copy and the ack are permitted", || async { stored(&js, &name).await == 0 }).await;
     settle(next(&mut inbox).await, Disposition::Ack).await;
-    until("the ack is permitted", || async { stored(&js, &name).await == 0 }).await;
+    until("the copy's ack is permitted", || async { stored(&js, &own).await == 0 }).await;
     let facts = nats.facts(&check).await.expect("what is checked may be asked for");
     assert!(facts.ack_wait.is_some() && facts.max_ack_pending.is_some(), "{facts:?}");
 

@@ -5,9 +5,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 
 use super::{
-    ATTEMPT, BODY_HASH, CAUSE, DUE, ERROR, EXCHANGE, FAILED_AT, FIRST_FAILED_AT, GENERATION, HISTORY, ID,
-    MOVED_HEADER, MOVED_PROPERTY, PREFIX, QUEUE, REDRIVEN_AT, ROUTING_KEY, SEQUENCE, STREAM, TRANSPORT_ID,
-    decode,
+    ATTEMPT, BODY_HASH, CAUSE, DUE, ERROR, EXCHANGE, FAILED_AT, FIRST_FAILED_AT, GENERATION, HISTORY, HOLD,
+    ID, MOVED_HEADER, MOVED_PROPERTY, PREFIX, QUEUE, REDRIVEN_AT, ROUTING_KEY, SEQUENCE, STREAM, TIMESTAMP,
+    TRANSPORT_ID, decode,
 };
 use crate::MessageId;
 use crate::delay::LONGEST;
@@ -20,6 +20,8 @@ pub(crate) struct Marks {
     pub(crate) attempt: u32,
     pub(crate) generation: u32,
     pub(crate) due: Option<SystemTime>,
+    pub(crate) timestamp: Option<SystemTime>,
+    pub(crate) hold: Option<Duration>,
     pub(crate) redriven_at: Option<SystemTime>,
     /// The original's, empty if it had none.
     pub(crate) transport_id: Option<Bytes>,
@@ -45,15 +47,17 @@ impl Marks {
             ATTEMPT => self.attempt = number(value),
             GENERATION => self.generation = number(value),
             DUE => self.due = time(value),
+            TIMESTAMP => self.timestamp = time(value),
+            HOLD => self.hold = length(value),
             REDRIVEN_AT => self.redriven_at = seconds(value),
             TRANSPORT_ID => self.transport_id = Some(decode(value)),
             moved if moved.starts_with(MOVED_HEADER) => {
-                let original = &moved[MOVED_HEADER.len()..];
+                let original = header_name(&moved[MOVED_HEADER.len()..]);
                 // We never move one of ours, nor a header without a name: forged.
                 if !original.is_empty() && !original.starts_with(PREFIX) {
                     let value = decode(value);
-                    headers.push(original, value.clone());
-                    self.moved.push((name, value));
+                    self.moved.push((format!("{MOVED_HEADER}{original}"), value.clone()));
+                    headers.push(original, value);
                 }
             }
             moved if moved.starts_with(MOVED_PROPERTY) => self.moved.push((name, decode(value))),
@@ -95,6 +99,11 @@ impl Marks {
     }
 }
 
+/// Undoes what [`Copy::moved`](super::Copy::moved) did to it.
+fn header_name(encoded: &str) -> String {
+    String::from_utf8(decode(encoded.as_bytes()).into()).unwrap_or_else(|_| encoded.to_owned())
+}
+
 /// A forged number (negative, huge, text) is no number: 0.
 fn number(value: &[u8]) -> u32 {
     std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
@@ -107,6 +116,12 @@ pub(super) const CLOCKS_APART: Duration = Duration::from_secs(24 * 60 * 60);
 fn time(value: &[u8]) -> Option<SystemTime> {
     let millis = std::str::from_utf8(value).ok()?.parse().ok()?;
     no_further(LONGEST, UNIX_EPOCH.checked_add(Duration::from_millis(millis))?)
+}
+
+/// Milliseconds; a forged one holds nothing up for longer than we would.
+fn length(value: &[u8]) -> Option<Duration> {
+    let millis = std::str::from_utf8(value).ok()?.parse().ok()?;
+    Some(Duration::from_millis(millis).min(LONGEST))
 }
 
 /// Seconds since 1970, not in the future: with a forged one a message would be young for ever.

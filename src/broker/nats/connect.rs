@@ -1,12 +1,13 @@
 //! The connection: URLs, credentials, and when a link counts as lost.
 
+use std::collections::HashSet;
 use std::error::Error as _;
 use std::fmt;
 use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use async_nats::connection::State;
 use async_nats::jetstream::{self, ContextBuilder};
 use async_nats::{Client, ConnectError, ConnectErrorKind, ConnectOptions, Event, ServerAddr, rustls};
 use futures_util::Sink;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, broadcast, watch};
 use tokio::time::timeout;
 use url::Url;
 
@@ -28,6 +29,9 @@ pub const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// How long the first connect may take, name lookup and TLS included: 5 s.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How many of the server's errors wait for who listens to them.
+const ERRORS_KEPT: usize = 64;
+
 /// A NATS server, or a cluster: the broker for [`Consumer`](crate::Consumer). Cheap to clone.
 ///
 /// `Debug` prints the addresses, never credentials.
@@ -40,6 +44,8 @@ struct Inner {
     servers: Vec<ServerAddr>,
     options: NatsOptionsBuilder,
     link: Mutex<Option<Link>>,
+    /// The streams of our own that this user may not have: asked for once, and warned about.
+    forbidden: std::sync::Mutex<HashSet<String>>,
 }
 
 /// How to connect, where a URL is not enough: made by [`Nats::options`].
@@ -110,6 +116,11 @@ impl Nats {
         let servers = Addresses(&self.inner.servers);
         let what = format!("the connection to NATS at {servers} is lost; the client is reconnecting");
         BrokerError::new(BrokerErrorKind::Unreachable, what)
+    }
+
+    /// The streams of our own that are known not to be permitted.
+    pub(super) fn forbidden(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
+        self.inner.forbidden.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How long a confirmation may take.
@@ -213,20 +224,23 @@ impl NatsOptionsBuilder {
             self.credentials = credentials;
         }
         let link = self.open(&servers).await?;
-        let inner = Inner { servers, options: self, link: Mutex::new(Some(link)) };
+        let (link, forbidden) = (Mutex::new(Some(link)), std::sync::Mutex::default());
+        let inner = Inner { servers, options: self, link, forbidden };
         Ok(Nats { inner: Arc::new(inner) })
     }
 
     async fn open(&self, servers: &[ServerAddr]) -> Result<Link, BrokerError> {
         let (lost, watch) = watch::channel(());
+        let (errors, _) = broadcast::channel(ERRORS_KEPT);
+        let told = errors.clone();
         let options = self.client_options().await?.event_callback(move |event| {
-            report(&event, &lost);
+            report(&event, &lost, &told);
             std::future::ready(())
         });
         let limit = self.connect_timeout.unwrap_or(CONNECT_TIMEOUT);
         // The client's own limit is per address and does not cover the name lookup.
         match timeout(limit, options.connection_timeout(limit).connect(servers)).await {
-            Ok(Ok(client)) => Ok(Link::new(client, watch, self.confirm())),
+            Ok(Ok(client)) => Ok(Link::new(client, watch, errors, self.confirm())),
             Ok(Err(error)) => Err(refused_or_unreachable(servers, error)),
             Err(elapsed) => {
                 let what = format!("NATS at {} did not answer within {limit:?}", Addresses(servers));
@@ -370,15 +384,25 @@ fn is_tls(error: &ConnectError) -> bool {
         || inner.is_some_and(<dyn std::error::Error + Send + Sync>::is::<rustls::Error>)
 }
 
-fn report(event: &Event, lost: &watch::Sender<()>) {
+fn report(event: &Event, lost: &watch::Sender<()>, errors: &broadcast::Sender<String>) {
     match event {
         Event::Disconnected | Event::Closed => {
             let _ = lost.send(());
         }
-        Event::ServerError(error) => tracing::warn!(%error, "the NATS server reports an error"),
+        Event::ServerError(error) => {
+            // Nobody may be listening.
+            let _ = errors.send(error.to_string());
+            tracing::warn!(%error, "the NATS server reports an error");
+        }
         Event::SlowConsumer(_) => tracing::warn!("the NATS client's buffer is full: a message was dropped"),
         _ => {}
     }
+}
+
+/// `Permissions Violation for Publish to "subject"`: the subject.
+fn denied(error: &str) -> Option<&str> {
+    let (_, subject) = error.split_once("for Publish to \"")?;
+    subject.split_once('"').map(|(subject, _)| subject)
 }
 
 /// One client, and the news of its disconnections.
@@ -387,12 +411,39 @@ pub(crate) struct Link {
     pub(crate) client: Client,
     pub(crate) jetstream: jetstream::Context,
     lost: watch::Receiver<()>,
+    errors: broadcast::Sender<String>,
 }
 
 impl Link {
-    fn new(client: Client, lost: watch::Receiver<()>, limit: Duration) -> Self {
+    fn new(
+        client: Client,
+        lost: watch::Receiver<()>,
+        errors: broadcast::Sender<String>,
+        limit: Duration,
+    ) -> Self {
         let jetstream = ContextBuilder::new().timeout(limit).build(client.clone());
-        Self { client, jetstream, lost }
+        Self { client, jetstream, lost, errors }
+    }
+
+    /// Ends when the server forbids to publish to a subject that is this, or has it between its dots, counted from now, and says to which.
+    /// A request that is not permitted is never answered: this is how to know before it times out.
+    pub(super) fn denial(&self, about: &str) -> impl Future<Output = String> + Send + use<> {
+        let (mut errors, about) = (self.errors.subscribe(), about.to_owned());
+        async move {
+            loop {
+                match errors.recv().await {
+                    Ok(error) => {
+                        if let Some(subject) = denied(&error).filter(|subject| {
+                            *subject == about || subject.split('.').any(|part| part == about)
+                        }) {
+                            return subject.to_owned();
+                        }
+                    }
+                    Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+                }
+            }
+        }
     }
 
     /// Whether the client's task still runs. It ends on `drain`, and by a panic on what it cannot

@@ -4,8 +4,10 @@
 //!
 //! 1. A message is acked only by [`Ack`](crate::Disposition::Ack); any other end brings it again, or
 //!    (`Reject`) ends it by name (`+TERM`).
-//! 2. A delay is kept by the server (`-NAK` with a delay): to the millisecond, over crashes of this
-//!    process. Nothing is copied for it.
+//! 2. A delay is kept by the server: to the millisecond, over crashes of this process. One shorter than
+//!    [`LONG_DELAY`](crate::defaults::LONG_DELAY) is a `-NAK` and copies nothing. A longer one is a confirmed copy in the
+//!    [durable's own stream](#the-stream-of-our-own), and then an ack: so it occupies none of the durable's places.
+//!    Where that copy is not confirmed, it is a `-NAK` as well.
 //! 3. A copy counts as kept when a stream has confirmed it. A confirmation that says *duplicate*
 //!    counts only while the message it is a duplicate of is still there.
 //! 4. A copy has the body and headers of its original. What the server would act on (every
@@ -15,8 +17,10 @@
 //!    that waits in a buffer.
 //! 6. A lost connection, a server that is silent for 10 s, a deleted durable or stream: each ends
 //!    the subscription with an error that says which.
-//! 7. `cancel` hands back at once what had arrived and was not delivered.
-//! 8. Credentials are in no `Debug`, error or log of ours, and not in the URLs that the client
+//! 7. `cancel` hands back at once what had arrived and was not delivered, from the durable and from its own stream.
+//! 8. A copy that is to be worked on again ([`Broker::again`]) goes to one durable's own stream, and never to the source's
+//!    subject, which other durables read.
+//! 9. Credentials are in no `Debug`, error or log of ours, and not in the URLs that the client
 //!    logs. (The client's own `TRACE` level does print what it sends to log in.)
 //!
 //! # Limits
@@ -28,8 +32,13 @@
 //! * Abandoned means that `ack_wait` runs out: 3 heartbeats, unless [`NatsOptions::ack_wait`] says
 //!   otherwise. After [`close`](Subscription::close) the same goes for deliveries in hand.
 //! * What was on its way while `cancel` ended the subscription also comes again only after `ack_wait`.
-//! * Messages that wait for a delay occupy the durable's `max_ack_pending`. Ours is
-//!   [`MAX_ACK_PENDING`]; with less, a wave of failures stops all deliveries until delays are over.
+//! * Messages that wait for a short delay occupy the durable's `max_ack_pending`. Ours is [`MAX_ACK_PENDING`]; with less, a
+//!   wave of failures stops all deliveries until delays are over. [`NatsOptions::long_delay`] says what is short.
+//! * A long delay is on the server's schedule from version 2.12 on, and occupies nothing. Before, its copy is handed over at
+//!   once, goes back to the server unseen, and occupies one of a million places of its own stream. Before 2.10 the server
+//!   does not tell its time: there what is left of the delay at that moment is reckoned by this machine's clock.
+//! * A prefetch is shared with the durable's own stream. Where that is quiet it costs one place, for moments at a time
+//!   while the durable has messages, and with a prefetch of 1 up to half a second after a quiet time.
 //! * The order of headers with different names is not kept, and spaces at a value's edges are cut,
 //!   by the client.
 //! * A message with headers that the client cannot read ends the connection each time it is
@@ -49,6 +58,22 @@
 //! Stream, subject and durable have the queue's name; where a name may not hold dots or other
 //! signs, they become `_`: the queue `shop.charges` is the durable `shop_charges`.
 //!
+//! # The stream of our own
+//!
+//! Beside the durable `D` of the stream `S` there is the stream `guestlist-S-D-n` (`n` is the length of `S`), whatever
+//! `declare` says: like hold queues, it is ours. It keeps the subjects `guestlist.again.S.D`, for copies that are due, and
+//! `guestlist.hold.S.D.*`, for those on schedule; it is a work queue in files, without limits, with as many replicas as `S`,
+//! with message schedules where the server has them, and with one durable `D`. It is pulled beside the source, by the same
+//! consumers, and a message from it shows the id, the headers and the place of its original.
+//!
+//! If it is there in a shape in which copies would be lost, the queue is refused, with the reasons. If the server does not
+//! allow it (permissions, limits of the account, a stream that keeps `guestlist.>` already), that is warned about, and the
+//! queue goes without: long delays occupy the durable's places, and nothing can be sent back to it. So it is with
+//! [`NatsOptions::without_own_stream`]. What is not permitted is asked for again when the process starts again.
+//!
+//! Who deletes a queue deletes its durable, and then the stream `guestlist-S-D-n`. Wait until that is empty: what is in it
+//! is not in `S` any more. A durable that was only renamed leaves its delayed messages there, too.
+//!
 //! # Permissions
 //!
 //! What a consumer of the stream `S` by the durable `D` needs, with dead letters for the subject
@@ -59,6 +84,8 @@
 //! | publish | `$JS.API.STREAM.INFO.S`, `$JS.API.CONSUMER.INFO.S.D`, `$JS.API.CONSUMER.MSG.NEXT.S.D`, `$JS.ACK.S.D.>` |
 //! | publish, dead letters | `dead`, `$JS.API.STREAM.NAMES`, `$JS.API.STREAM.INFO.X`, `$JS.API.STREAM.MSG.GET.X` |
 //! | publish, to make what is missing | `$JS.API.STREAM.CREATE.S`, `$JS.API.CONSUMER.CREATE.S.D.>`, `$JS.API.STREAM.CREATE.X` |
+//! | publish, for the stream of our own, `O` | `$JS.API.STREAM.INFO.O`, `$JS.API.CONSUMER.INFO.O.D`, `$JS.API.CONSUMER.MSG.NEXT.O.D`, `$JS.ACK.O.D.>`, `guestlist.again.S.D`, `guestlist.hold.S.D.*`, `$JS.API.STREAM.MSG.GET.O` |
+//! | publish, to make it, and change it when the server or `S` has | `$JS.API.STREAM.CREATE.O`, `$JS.API.STREAM.UPDATE.O`, `$JS.API.CONSUMER.CREATE.O.D.>` |
 //! | subscribe | `_INBOX.>`, or the prefix given to [`inbox_prefix`](NatsOptionsBuilder::inbox_prefix) |
 //!
 //! # Core NATS
@@ -67,7 +94,8 @@
 //! queue's name. Then NATS delivers each message *at most once*: what arrives while nobody listens
 //! is gone, and so is what was in hand when a process dies. There are no acks and no redelivery.
 //! Dedup works, and so do dead letters (their subject needs a stream). Nothing else does: a message
-//! that fails and is not dead-lettered is lost, and settling it answers with an error that says so.
+//! that fails and is not dead-lettered is lost, and settling it answers with an error that says so. Nothing can be sent
+//! back to it: such a copy is refused.
 //! [`Features`] describe `JetStream`, since one connection serves both.
 //!
 //! # Example
@@ -89,8 +117,13 @@
 //! [`NatsOptions::core`]: super::NatsOptions::core
 //! [`NatsOptions::ack_wait`]: super::NatsOptions::ack_wait
 //! [`NatsOptions::double_ack`]: super::NatsOptions::double_ack
+//! [`NatsOptions::long_delay`]: super::NatsOptions::long_delay
+//! [`NatsOptions::without_own_stream`]: super::NatsOptions::without_own_stream
 
+mod again;
+mod both;
 mod connect;
+mod holds;
 mod publish;
 mod settle;
 mod source;
@@ -132,7 +165,8 @@ impl Broker for Nats {
     async fn prepare(&self, queue: &QueueSpec) -> Result<(), BrokerError> {
         let link = self.link().await?;
         if !queue.nats.core {
-            topology::source(&link, queue).await?;
+            let durable = topology::source(&link, queue).await?;
+            again::prepare(self, &link, queue, &durable).await?;
         }
         topology::dead_letters(&link, queue).await
     }
@@ -149,11 +183,17 @@ impl Broker for Nats {
             ));
         }
         let durable = topology::source(&link, queue).await?;
-        Ok(Box::new(source::Pull::start(&link, queue, &durable, self.confirm()).await?))
+        let own = again::prepare(self, &link, queue, &durable).await?;
+        Ok(Box::new(both::Both::start(&link, queue, &durable, own, self.confirm()).await?))
     }
 
     async fn publish(&self, to: &Destination, copy: &Copy<'_>) -> Result<(), BrokerError> {
-        publish::publish(&self.link().await?.client, self.confirm(), to, copy).await
+        let (marked, link) = (publish::Marked::plain(copy, to)?, self.link().await?);
+        publish::permitted(&link, self.confirm(), to.name(), copy, marked).await
+    }
+
+    fn again(&self, queue: &QueueSpec) -> Destination {
+        again::destination(queue)
     }
 
     async fn close(&self) {

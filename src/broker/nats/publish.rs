@@ -10,22 +10,68 @@ use async_nats::jetstream::response::Response;
 use async_nats::{Client, HeaderMap, HeaderName, HeaderValue, header};
 use bytes::Bytes;
 
+use super::again;
+use super::connect::Link;
 use super::topology::is_concrete;
 use crate::broker::{BrokerError, BrokerErrorKind, Copy, Destination, copy};
 use crate::dead_letter::Redact;
 
+/// How a copy is published, beside what it is.
+pub(super) struct Marked<'a> {
+    /// What the stream knows it by within its duplicate window.
+    pub(super) id: &'a str,
+    /// Headers of ours, and those that the server is to act on.
+    pub(super) marks: Vec<(&'static str, String)>,
+    /// The stream that is to keep it: another one refuses it.
+    pub(super) stream: Option<String>,
+}
+
+impl<'a> Marked<'a> {
+    /// A copy under its own id.
+    ///
+    /// # Errors
+    ///
+    /// The subject is one of ours, for which there can be no stream.
+    pub(super) fn plain(copy: &'a Copy<'_>, to: &Destination) -> Result<Self, BrokerError> {
+        Ok(Self { id: copy.id(), marks: Vec::new(), stream: again::keeper(to.name())? })
+    }
+}
+
+/// Publishes a copy to a subject, of ours where it makes a difference: a publish that is not permitted is never answered,
+/// and would be taken for one that may be repeated.
+pub(super) async fn permitted(
+    link: &Link,
+    limit: Duration,
+    subject: &str,
+    copy: &Copy<'_>,
+    marked: Marked<'_>,
+) -> Result<(), BrokerError> {
+    if marked.stream.is_none() {
+        return publish(&link.client, limit, subject, copy, marked).await;
+    }
+    tokio::select! {
+        biased;
+        subject = link.denial(subject) => {
+            let what = format!("this user may not publish to `{subject}`");
+            Err(BrokerError::new(BrokerErrorKind::Refused, what))
+        }
+        put = publish(&link.client, limit, subject, copy, marked) => put,
+    }
+}
+
 /// Publishes a copy. `Ok` means that a stream has it.
-pub(super) async fn publish(
+async fn publish(
     client: &Client,
     limit: Duration,
-    to: &Destination,
+    subject: &str,
     copy: &Copy<'_>,
+    marked: Marked<'_>,
 ) -> Result<(), BrokerError> {
-    if !is_concrete(to.name()) {
-        let what = format!("`{}` cannot be published to: a subject without wildcards is needed", to.name());
+    if !is_concrete(subject) {
+        let what = format!("`{subject}` cannot be published to: a subject without wildcards is needed");
         return Err(BrokerError::new(BrokerErrorKind::Refused, what));
     }
-    let letterbox = Letterbox { client, limit, subject: to.name() };
+    let letterbox = Letterbox { client, limit, subject, marked };
     letterbox.put_once(copy).await
 }
 
@@ -33,22 +79,34 @@ struct Letterbox<'a> {
     client: &'a Client,
     limit: Duration,
     subject: &'a str,
+    marked: Marked<'a>,
 }
 
 impl Letterbox<'_> {
     /// Publishes under the copy's own id. The stream takes a second one with this id for a
     /// duplicate even if the first is gone from it: then under a fresh id.
     async fn put_once(&self, copy: &Copy<'_>) -> Result<(), BrokerError> {
-        let headers = headers(copy);
-        let ack = self.put(copy, &headers, copy.id()).await?;
+        let (headers, id) = (self.headers(copy), self.marked.id);
+        let ack = self.put(copy, &headers, id).await?;
         if !ack.duplicate || self.keeps(&ack).await? {
             return Ok(());
         }
-        let fresh = format!("{}-{:016x}", copy.id(), rand::random::<u64>());
+        let fresh = format!("{id}-{:016x}", rand::random::<u64>());
         if self.put(copy, &headers, &fresh).await?.duplicate {
             return Err(self.unknown("the stream takes a fresh copy for a duplicate"));
         }
         Ok(())
+    }
+
+    fn headers(&self, copy: &Copy<'_>) -> HeaderMap {
+        let mut headers = headers(copy);
+        for (name, mark) in &self.marked.marks {
+            headers.insert(*name, value(mark));
+        }
+        if let Some(stream) = &self.marked.stream {
+            headers.insert(header::NATS_EXPECTED_STREAM, value(stream));
+        }
+        headers
     }
 
     async fn put(&self, copy: &Copy<'_>, headers: &HeaderMap, id: &str) -> Result<PublishAck, BrokerError> {
@@ -79,6 +137,14 @@ impl Letterbox<'_> {
                 let what = format!("the stream of `{}` takes no copy as large as this", self.subject);
                 Err(BrokerError::new(BrokerErrorKind::TooLarge, what).with_source(error))
             }
+            Ok(Response::Err { error }) if error.error_code() == ErrorCode::STREAM_NOT_MATCH => {
+                let stream = self.marked.stream.as_deref().unwrap_or_default();
+                let what = format!(
+                    "`{}` is not kept by the stream `{stream}` but by another one, which nobody pulls for it",
+                    self.subject
+                );
+                Err(BrokerError::new(BrokerErrorKind::NotRouted, what).with_source(error))
+            }
             Ok(Response::Err { error }) => {
                 let what = format!("the stream of `{}` refuses the copy", self.subject);
                 Err(BrokerError::new(BrokerErrorKind::Nacked, what).with_source(error))
@@ -106,6 +172,10 @@ impl Letterbox<'_> {
 
     fn unconfirmed(&self, error: RequestError) -> BrokerError {
         let (kind, why) = match error.kind() {
+            RequestErrorKind::NoResponders if self.marked.stream.is_some() => (
+                BrokerErrorKind::NotRouted,
+                "the durable has no stream of its own; its consumer makes it at its start, where it may",
+            ),
             RequestErrorKind::NoResponders => (BrokerErrorKind::NotRouted, "no stream keeps this subject"),
             RequestErrorKind::MaxPayloadExceeded => {
                 (BrokerErrorKind::TooLarge, "it is larger than max_payload")
@@ -159,9 +229,13 @@ fn headers(copy: &Copy<'_>) -> HeaderMap {
 /// break the frame (and makes the client panic), nor spaces that the receiving client trims.
 fn plain(name: &str, raw: &Bytes) -> Option<HeaderValue> {
     let text = std::str::from_utf8(raw).ok()?;
-    let acted_on = name.get(..5).is_some_and(|prefix| prefix.eq_ignore_ascii_case("nats-"));
     let trimmed = text.trim().len() != text.len();
-    if acted_on || trimmed { None } else { HeaderValue::from_str(text).ok() }
+    if acted_on(name) || trimmed { None } else { HeaderValue::from_str(text).ok() }
+}
+
+/// Whether it is a header that the server acts on, whatever its case.
+pub(super) fn acted_on(name: &str) -> bool {
+    name.get(..5).is_some_and(|prefix| prefix.eq_ignore_ascii_case("nats-"))
 }
 
 /// A value of ours: text that is escaped or encoded already, so nothing is lost here.
@@ -212,8 +286,8 @@ mod tests {
             .build();
         let copy = copied(&message);
         assert!(copy.get("Nats-Rollup").is_none() && copy.get("nats-ttl").is_none());
-        assert_eq!(copy.get("guestlist-orig-h-Nats-Rollup").unwrap().as_str(), "all");
-        assert_eq!(copy.get("guestlist-orig-h-nats-ttl").unwrap().as_str(), "1s");
+        assert_eq!(copy.get("guestlist-orig-h-%4Eats-Rollup").unwrap().as_str(), "all");
+        assert_eq!(copy.get("guestlist-orig-h-%6Eats-ttl").unwrap().as_str(), "1s");
         assert_eq!(copy.get("Natsy").unwrap().as_str(), "kept");
     }
 

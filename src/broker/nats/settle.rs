@@ -15,9 +15,11 @@ use futures_util::task::AtomicWaker;
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 
-use crate::broker::{BrokerError, BrokerErrorKind};
+use super::holds::Holds;
+use super::source::Place;
+use crate::broker::{BrokerError, BrokerErrorKind, Copy};
 use crate::delivery::{AckHandle, Settle, Settling};
-use crate::{Disposition, Message};
+use crate::{Disposition, Message, defaults};
 
 const ACK: Bytes = Bytes::from_static(b"+ACK");
 pub(super) const NAK: Bytes = Bytes::from_static(b"-NAK");
@@ -34,16 +36,35 @@ pub(super) struct Settler {
     double_ack: bool,
     limit: Duration,
     in_hand: Option<Arc<InHand>>,
+    again: Option<Again>,
 }
+
+/// What long delays need: the stream of our own, and when to use it.
+#[derive(Clone)]
+struct Again {
+    holds: Arc<Holds>,
+    /// From which delay on.
+    long: Duration,
+    /// The stream whose deliveries are settled here is the source's, not ours.
+    source: bool,
+}
+
+type MakeCopy = for<'a> fn(&'a Message) -> Copy<'a>;
 
 impl Settler {
     pub(super) fn new(client: Client, double_ack: bool, limit: Duration) -> Self {
-        Self { client: Mutex::new(client), double_ack, limit, in_hand: None }
+        Self { client: Mutex::new(client), double_ack, limit, in_hand: None, again: None }
     }
 
     /// Also counts each settlement.
     pub(super) fn counted(self, in_hand: Arc<InHand>) -> Self {
         Self { in_hand: Some(in_hand), ..self }
+    }
+
+    /// Keeps long delays outside of the durable's pending places. `source`: the deliveries are the source's, not copies.
+    pub(super) fn holding(self, holds: &Arc<Holds>, long: Option<Duration>, source: bool) -> Self {
+        let long = long.unwrap_or(defaults::LONG_DELAY);
+        Self { again: Some(Again { holds: Arc::clone(holds), long, source }), ..self }
     }
 
     fn client(&self) -> Client {
@@ -62,6 +83,61 @@ impl Settler {
         }
     }
 
+    fn acked(&self, reply: Subject) -> Settling {
+        if self.double_ack { self.ask(reply) } else { self.tell(reply, ACK) }
+    }
+
+    /// Comes again: by the server, or as a copy if that is a long way off.
+    fn later(&self, reply: Subject, message: &Message, after: Duration, copy: MakeCopy) -> Settling {
+        match &self.again {
+            Some(again) if again.takes(after) => self.hold(again, reply, message.clone(), after, copy),
+            _ => self.tell(reply, nak(after)),
+        }
+    }
+
+    /// The original is acked only when its copy is confirmed. If it is not, nothing is lost: the server keeps the delay,
+    /// and if the copy is there after all, there are two, of which one runs.
+    fn hold(
+        &self,
+        again: &Again,
+        reply: Subject,
+        message: Message,
+        after: Duration,
+        copy: MakeCopy,
+    ) -> Settling {
+        let holds = Arc::clone(&again.holds);
+        let settler = Self::new(self.client(), self.double_ack, self.limit);
+        let delivery = delivery_name(&reply, again.source);
+        Settling::Later(Box::pin(async move {
+            let ended = match publish(&holds, copy(&message), &delivery, after).await {
+                Ok(()) => settler.acked(reply),
+                Err(error) => {
+                    tracing::warn!(
+                        target: "guestlist", queue = message.source().queue, ?error,
+                        "a copy for a long delay is not confirmed: the message waits in its source's max_ack_pending"
+                    );
+                    settler.tell(reply, nak(after))
+                }
+            };
+            match ended {
+                Settling::Now(told) => told,
+                Settling::Later(told) => told.await,
+            }
+        }))
+    }
+
+    /// Hands back a copy that is not due.
+    pub(super) fn not_yet(&self, reply: Subject, left: Duration) {
+        self.tell_meanwhile(reply, nak(left));
+    }
+
+    /// Never waits.
+    fn tell_meanwhile(&self, reply: Subject, payload: Bytes) {
+        if let (Settling::Later(sent), Ok(runtime)) = (self.tell(reply, payload), Handle::try_current()) {
+            runtime.spawn(sent);
+        }
+    }
+
     /// Asks the server to confirm the ack.
     fn ask(&self, reply: Subject) -> Settling {
         let client = self.client();
@@ -70,6 +146,38 @@ impl Settler {
         Settling::Later(Box::pin(async move {
             client.send_request(reply, request).await.map(drop).map_err(unconfirmed)
         }))
+    }
+}
+
+/// A message that fits is not refused for the history that we add to it.
+async fn publish(
+    holds: &Holds,
+    mut copy: Copy<'_>,
+    delivery: &str,
+    after: Duration,
+) -> Result<(), BrokerError> {
+    loop {
+        match holds.publish(&copy, delivery, after).await {
+            Err(error) if error.is_too_large() && copy.shrink(false, false) => {}
+            answer => return answer,
+        }
+    }
+}
+
+impl Again {
+    /// A copy of ours is copied again only if that takes it out of our durable's pending places. Else it stays there.
+    fn takes(&self, after: Duration) -> bool {
+        !after.is_zero() && after >= self.long && (self.source || self.holds.schedules())
+    }
+}
+
+/// No other delivery has this name: a stream made anew counts from 1 again, but at another time. The same message
+/// delivered again has, so that its second copy takes the place of the first.
+fn delivery_name(reply: &Subject, source: bool) -> String {
+    let stream = if source { 's' } else { 'a' };
+    match Place::read(reply) {
+        Some(place) => format!("{stream}{}-{}", place.sequence, place.stored),
+        None => format!("{stream}{:016x}", rand::random::<u64>()),
     }
 }
 
@@ -85,7 +193,7 @@ async fn tell_later(client: Client, answer: OutboundMessage, limit: Duration) ->
 }
 
 impl Settle for Settler {
-    fn settle(&self, handle: &AckHandle, _message: &Message, disposition: Disposition) -> Settling {
+    fn settle(&self, handle: &AckHandle, message: &Message, disposition: Disposition) -> Settling {
         if let Some(in_hand) = &self.in_hand {
             in_hand.settled();
         }
@@ -94,9 +202,13 @@ impl Settle for Settler {
             Err(error) => return Settling::Now(Err(error)),
         };
         match disposition {
-            Disposition::Ack if self.double_ack => self.ask(reply),
-            Disposition::Ack => self.tell(reply, ACK),
-            Disposition::Requeue { after } | Disposition::Release { after } => self.tell(reply, nak(after)),
+            Disposition::Ack => self.acked(reply),
+            Disposition::Requeue { after } => {
+                self.later(reply, message, after, |message| Copy::hold(message))
+            }
+            Disposition::Release { after } => {
+                self.later(reply, message, after, |message| Copy::release(message))
+            }
             Disposition::Reject => self.tell(reply, TERM),
             // Any word would be an answer. Silence lets ack_wait run out.
             Disposition::Abandon => Settling::Now(Ok(())),
@@ -104,9 +216,8 @@ impl Settle for Settler {
     }
 
     fn progress(&self, handle: &AckHandle) {
-        let Ok(reply) = reply(handle) else { return };
-        if let (Settling::Later(sent), Ok(runtime)) = (self.tell(reply, PROGRESS), Handle::try_current()) {
-            runtime.spawn(sent);
+        if let Ok(reply) = reply(handle) {
+            self.tell_meanwhile(reply, PROGRESS);
         }
     }
 }

@@ -1,10 +1,10 @@
-//! Frames become deliveries: the pull subscription, the core subscription, and what a frame says.
+//! Frames become deliveries: a durable that is pulled, the core subscription, and what a frame says.
 
 use std::future::Future as _;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_nats::client::Request;
 use async_nats::message::OutboundMessage;
@@ -14,6 +14,8 @@ use futures_util::{FutureExt, Sink, StreamExt};
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::connect::Link;
+use super::holds::Holds;
+use super::publish::acted_on;
 use super::settle::{CoreSettler, InHand, NAK, Settler};
 use super::topology::{Durable, Names};
 use crate::broker::{BrokerError, BrokerErrorKind, QueueSpec, Subscription, copy};
@@ -21,12 +23,37 @@ use crate::delivery::{AckHandle, BoxFuture, Settle};
 use crate::message::{MessageBuilder, Source};
 use crate::{Acker, Delivery, Message};
 
-/// How long a pull request stays with the server: 30 s.
-const EXPIRES: Duration = Duration::from_secs(30);
+/// How long a pull request stays with the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// 30 s: nobody else wants the places that it keeps.
+    Alone,
+    /// 1 s: they are shared, and there are many.
+    Shared,
+    /// Half a second: there are few, or what is asked for is expected to be there.
+    Short,
+    /// 10 ms: another one has messages for the place that it keeps. Not `no_wait`: such a request can stay with the
+    /// server for ever, without a word, when the one message that it counted on has gone meanwhile.
+    Glance,
+}
+
+impl Patience {
+    const fn expires(self) -> Duration {
+        match self {
+            Self::Alone => Duration::from_secs(30),
+            Self::Shared => Duration::from_secs(1),
+            Self::Short => Duration::from_millis(500),
+            Self::Glance => Duration::from_millis(10),
+        }
+    }
+}
 
 /// How often the server says that it still has the request: 5 s. Twice this without a word, and
 /// it counts as dead.
 const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// How long a message says that there are more: for longer than another one's request may keep the places for them.
+const BUSY: Duration = Duration::from_secs(2);
 
 /// How long `cancel` listens for deliveries that are on their way.
 const ON_THEIR_WAY: Duration = Duration::from_millis(100);
@@ -43,19 +70,29 @@ pub(super) struct Pull {
     client: Client,
     requests: Requests,
     queue: String,
-    settle: Arc<dyn Settle>,
+    settle: Arc<Settler>,
     in_hand: Arc<InHand>,
+    /// On our own stream: what knows whether a copy is due.
+    copies: Option<Arc<Holds>>,
     silence: Silence,
     loss: BoxFuture<()>,
 }
 
+/// What a poll of one durable brought, if it did not end it.
+pub(super) enum Arrived {
+    Delivery(Delivery),
+    /// Nothing to hand over, but there may be more to ask for now.
+    Word,
+}
+
 impl Pull {
-    /// Begins to listen; the first poll asks.
+    /// Begins to listen; it brings what is [asked](Self::ask) for.
     pub(super) async fn start(
         link: &Link,
         spec: &QueueSpec,
         durable: &Durable,
-        limit: Duration,
+        settler: Settler,
+        in_hand: &Arc<InHand>,
     ) -> Result<Self, BrokerError> {
         // Before the subscription, so that no loss falls between the two.
         let loss = Box::pin(link.loss());
@@ -65,49 +102,98 @@ impl Pull {
             let what = format!("cannot subscribe to the replies of the durable `{}`", durable.names.durable);
             BrokerError::new(BrokerErrorKind::Unreachable, what).with_source(error)
         })?;
-        let requests = Requests::new(&durable.names, inbox, durable);
-        let silence = Silence::new(requests.heartbeat * 2);
-        let in_hand = Arc::new(InHand::new(spec.prefetch));
-        let settle = Settler::new(client.clone(), spec.nats.double_ack, limit).counted(Arc::clone(&in_hand));
-        let (frames, queue) = (Some(frames), spec.name.clone());
-        Ok(Self { frames, client, requests, queue, settle: Arc::new(settle), in_hand, silence, loss })
+        Ok(Self {
+            frames: Some(frames),
+            client,
+            requests: Requests::new(&durable.names, inbox, durable),
+            queue: spec.name.clone(),
+            settle: Arc::new(settler.counted(Arc::clone(in_hand))),
+            in_hand: Arc::clone(in_hand),
+            copies: None,
+            silence: Silence::new(HEARTBEAT * 2),
+            loss,
+        })
+    }
+
+    /// What it brings are copies of ours.
+    pub(super) fn of_copies(self, holds: Arc<Holds>) -> Self {
+        Self { copies: Some(holds), ..self }
+    }
+
+    /// How many messages may still arrive.
+    pub(super) fn wanted(&self) -> usize {
+        self.requests.wanted
+    }
+
+    /// The last that was heard is a message, a moment ago, and not that there is none.
+    pub(super) fn busy(&self) -> bool {
+        self.requests.brought.is_some_and(|brought| brought.elapsed() < BUSY)
     }
 
     /// Asks for as many messages as are free, once half of what was asked for is used up: so the
     /// next ones are on their way while these are handled, and requests do not get small.
-    fn ask(&mut self, cx: &mut Context<'_>, room: usize) -> Result<(), BrokerError> {
-        let free = room.min(self.in_hand.free(cx));
+    pub(super) fn ask(
+        &mut self,
+        cx: &mut Context<'_>,
+        free: usize,
+        patience: Patience,
+    ) -> Result<(), BrokerError> {
         let Some(count) = self.requests.due(free) else { return Ok(()) };
         // Pending: the client's queue is full, and wakes this task when it is not.
         if let Poll::Ready(ready) = Pin::new(&mut self.client).poll_ready(cx) {
             ready.map_err(client_closed)?;
-            let request = self.requests.request(count);
+            let request = self.requests.request(count, patience);
             Pin::new(&mut self.client).start_send(request).map_err(client_closed)?;
             self.silence.broken();
         }
         Ok(())
     }
 
-    fn read(&mut self, frame: async_nats::Message) -> Result<Option<Delivery>, BrokerError> {
-        self.silence.broken();
-        match frame.status {
-            None | Some(StatusCode::OK) => Ok(self.delivery(frame)),
-            Some(status) => self.requests.status(status, &frame).map(|()| None),
-        }
-    }
-
-    fn delivery(&mut self, frame: async_nats::Message) -> Option<Delivery> {
-        let Some((message, reply)) = read_frame(frame, Some(&self.queue)) else {
-            tracing::warn!(queue = self.queue, "a message without JetStream's reply subject was ignored");
-            return None;
+    /// What has arrived. After an error it is dead.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Arrived, BrokerError>> {
+        let polled = match self.poll_frame(cx) {
+            Poll::Ready(Some(frame)) => Poll::Ready(self.read(frame)),
+            Poll::Ready(None) => Poll::Ready(Err(subscription_ended())),
+            Poll::Pending => self.poll_death(cx).map(Err),
         };
-        self.requests.arrived();
-        self.in_hand.taken();
-        Some(Delivery::new(message, Arc::clone(&self.settle), AckHandle::Reply(reply)))
+        if let Poll::Ready(Err(_)) = polled {
+            self.frames = None;
+        }
+        polled
     }
 
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<async_nats::Message>> {
         self.frames.as_mut().map_or(Poll::Ready(None), |frames| frames.poll_next_unpin(cx))
+    }
+
+    fn read(&mut self, frame: async_nats::Message) -> Result<Arrived, BrokerError> {
+        self.silence.broken();
+        match frame.status {
+            None | Some(StatusCode::OK) => Ok(self.delivery(frame).map_or(Arrived::Word, Arrived::Delivery)),
+            Some(status) => self.requests.status(status, &frame).map(|()| Arrived::Word),
+        }
+    }
+
+    fn delivery(&mut self, frame: async_nats::Message) -> Option<Delivery> {
+        let Some((message, reply)) = read_frame(frame, Some(&self.queue), self.copies.is_some()) else {
+            tracing::warn!(queue = self.queue, "a message without JetStream's reply subject was ignored");
+            return None;
+        };
+        self.requests.arrived();
+        if let Some(left) = self.left(&message, &reply) {
+            self.settle.not_yet(reply, left);
+            return None;
+        }
+        self.in_hand.taken();
+        let settle: Arc<dyn Settle> = Arc::clone(&self.settle) as _;
+        Some(Delivery::new(message, settle, AckHandle::Reply(Bytes::from(reply.into_string()))))
+    }
+
+    /// How long a copy has still to wait that could not be put on schedule.
+    fn left(&self, message: &Message, reply: &Subject) -> Option<Duration> {
+        let (copies, hold) = (self.copies.as_ref()?, message.copy_marks().hold?);
+        let left = copies.left(hold, Place::read(reply)?.time());
+        (!left.is_zero()).then_some(left)
     }
 
     /// Only asked when nothing is buffered: what has arrived can still be handled and acked.
@@ -122,46 +208,11 @@ impl Pull {
         Poll::Pending
     }
 
-    fn poll_delivery(&mut self, cx: &mut Context<'_>, room: usize) -> Poll<Result<Delivery, BrokerError>> {
-        loop {
-            self.ask(cx, room)?;
-            match self.poll_frame(cx) {
-                Poll::Ready(Some(frame)) => {
-                    if let Some(delivery) = self.read(frame)? {
-                        return Poll::Ready(Ok(delivery));
-                    }
-                }
-                Poll::Ready(None) => return Poll::Ready(Err(subscription_ended())),
-                Poll::Pending => return self.poll_death(cx).map(Err),
-            }
-        }
-    }
-}
-
-impl Subscription for Pull {
-    fn poll_next(
-        &mut self,
-        cx: &mut Context<'_>,
-        room: usize,
-    ) -> Poll<Option<Result<Delivery, BrokerError>>> {
-        if self.frames.is_none() {
-            return Poll::Ready(None);
-        }
-        let polled = self.poll_delivery(cx, room);
-        if let Poll::Ready(Err(_)) = polled {
-            self.frames = None;
-        }
-        polled.map(Some)
-    }
-
-    fn cancel(&mut self) -> BoxFuture<()> {
+    /// Ends it, and hands back what has arrived.
+    pub(super) fn cancel(&mut self) -> BoxFuture<()> {
         let Some(frames) = self.frames.take() else { return Box::pin(async {}) };
         let (client, info, wanted) = (self.client.clone(), self.requests.info.clone(), self.requests.wanted);
         Box::pin(HandBack { frames, client, info, wanted, replies: Vec::new() }.run())
-    }
-
-    fn close(mut self: Box<Self>) -> BoxFuture<()> {
-        self.cancel()
     }
 }
 
@@ -231,19 +282,18 @@ struct Requests {
     inbox: Subject,
     wanted: usize,
     largest: usize,
-    expires: Duration,
-    heartbeat: Duration,
+    longest: Duration,
+    /// When the last message came, unless a request came to nothing since.
+    brought: Option<Instant>,
 }
 
 impl Requests {
     fn new(names: &Names, inbox: Subject, durable: &Durable) -> Self {
         let of =
             |api: &str| Subject::from(format!("$JS.API.CONSUMER.{api}.{}.{}", names.stream, names.durable));
-        let expires = durable.max_expires.map_or(EXPIRES, |longest| EXPIRES.min(longest));
+        let longest = durable.max_expires.unwrap_or(Duration::MAX);
         let largest = durable.max_batch.unwrap_or(usize::MAX);
-        // The server refuses a heartbeat longer than half the expiry.
-        let heartbeat = HEARTBEAT.min(expires / 2);
-        Self { next: of("MSG.NEXT"), info: of("INFO"), inbox, wanted: 0, largest, expires, heartbeat }
+        Self { next: of("MSG.NEXT"), info: of("INFO"), inbox, wanted: 0, largest, longest, brought: None }
     }
 
     /// How many to ask for, if it is time to.
@@ -252,16 +302,23 @@ impl Requests {
         (count > 0 && self.wanted <= free / 2).then_some(count)
     }
 
-    fn request(&mut self, count: usize) -> OutboundMessage {
+    fn request(&mut self, count: usize, patience: Patience) -> OutboundMessage {
         self.wanted += count;
-        let (expires, heartbeat) = (self.expires.as_nanos(), self.heartbeat.as_nanos());
-        let payload = format!(r#"{{"batch":{count},"expires":{expires},"idle_heartbeat":{heartbeat}}}"#);
+        let expires = patience.expires().min(self.longest);
+        let payload = if expires >= HEARTBEAT * 2 {
+            let (expires, heartbeat) = (expires.as_nanos(), HEARTBEAT.as_nanos());
+            format!(r#"{{"batch":{count},"expires":{expires},"idle_heartbeat":{heartbeat}}}"#)
+        } else {
+            // The server refuses a heartbeat longer than half the expiry. That is a sign of life itself.
+            format!(r#"{{"batch":{count},"expires":{}}}"#, expires.as_nanos())
+        };
         let (subject, reply) = (self.next.clone(), Some(self.inbox.clone()));
         OutboundMessage { subject, payload: payload.into(), headers: None, reply }
     }
 
     fn arrived(&mut self) {
         self.wanted = self.wanted.saturating_sub(1);
+        self.brought = Some(Instant::now());
     }
 
     /// Reads what the server says in place of a message.
@@ -286,6 +343,9 @@ impl Requests {
         let left = frame.headers.as_ref().and_then(|headers| headers.get(PENDING_MESSAGES));
         let left = left.and_then(|left| left.as_str().parse().ok()).unwrap_or(self.wanted);
         self.wanted = self.wanted.saturating_sub(left);
+        if left > 0 {
+            self.brought = None;
+        }
     }
 }
 
@@ -431,38 +491,43 @@ pub fn split(message: jetstream::Message) -> (Message, Acker) {
     let settle = Settler::new(message.context.client(), false, crate::defaults::CONFIRM);
     let frame = message.message;
     let bare = (frame.payload.clone(), frame.headers.clone());
-    let (message, reply) = read_frame(frame, None).unwrap_or_else(|| {
+    let read =
+        read_frame(frame, None, false).map(|(message, reply)| (message, Bytes::from(reply.into_string())));
+    let (message, reply) = read.unwrap_or_else(|| {
         let message = with_headers(Message::builder(bare.0), bare.1.as_ref());
         (message.source(Source::new(super::SYSTEM, "")).build(), Bytes::new())
     });
     Delivery::new(message, Arc::new(settle), AckHandle::Reply(reply)).into_parts()
 }
 
-/// What a frame says, and the subject to answer it on; `None` if no stream delivered it.
-fn read_frame(frame: async_nats::Message, queue: Option<&str>) -> Option<(Message, Bytes)> {
+/// What a frame says, and the subject to answer it on; `None` if no stream delivered it. `ours`: it comes from our own
+/// stream, where the first delivery of a copy that is not on schedule only finds that it is not due.
+fn read_frame(frame: async_nats::Message, queue: Option<&str>, ours: bool) -> Option<(Message, Subject)> {
     let reply = frame.reply?;
     let place = Place::read(&reply)?;
     let mut source = Source::new(super::SYSTEM, queue.unwrap_or(place.durable));
     place.stream.clone_into(&mut source.stream);
     frame.subject.as_str().clone_into(&mut source.routing_key);
     source.sequence = Some(place.sequence);
+    let held = ours && frame.headers.as_ref().is_some_and(|headers| headers.get(copy::HOLD).is_some());
+    let delivered = place.delivered.saturating_sub(u32::from(held)).max(1);
     let message = with_headers(Message::builder(frame.payload), frame.headers.as_ref())
         .source(source)
-        .redelivered(place.delivered > 1)
-        .broker_deliveries(place.delivered)
-        .timestamp(UNIX_EPOCH + Duration::from_nanos(place.stored))
+        .redelivered(delivered > 1)
+        .broker_deliveries(delivered)
+        .timestamp(place.time())
         .build();
-    Some((message, Bytes::from(reply.into_string())))
+    Some((message, reply))
 }
 
 /// All headers, the id and the content type.
 fn with_headers(mut message: MessageBuilder, headers: Option<&HeaderMap>) -> MessageBuilder {
     let Some(headers) = headers else { return message };
-    // On a copy of ours the id header is the copy's own, for the duplicate window only; the
-    // original's is among those that were moved aside.
+    // On a copy of ours these are the copy's own (its id for the duplicate window, the stream it was for, its
+    // schedule); the original's are among those that were moved aside.
     let is_copy = headers.get(copy::ATTEMPT).is_some();
     for (name, values) in headers.iter() {
-        if is_copy && *name == header::NATS_MESSAGE_ID {
+        if is_copy && acted_on(AsRef::<str>::as_ref(name)) {
             continue;
         }
         for value in values {
@@ -490,19 +555,19 @@ fn content_type(headers: &HeaderMap) -> Option<&str> {
 
 /// What a delivery's reply subject says of it.
 #[derive(Debug, PartialEq, Eq)]
-struct Place<'a> {
+pub(super) struct Place<'a> {
     stream: &'a str,
     durable: &'a str,
     delivered: u32,
-    sequence: u64,
+    pub(super) sequence: u64,
     /// Nanoseconds since 1970, by the server's clock.
-    stored: u64,
+    pub(super) stored: u64,
 }
 
 impl<'a> Place<'a> {
     /// `$JS.ACK.stream.durable.delivered.sequence.sequence-of-durable.time.pending`; newer
     /// servers may put a domain and an account's hash before the stream, and more at the end.
-    fn read(reply: &'a str) -> Option<Self> {
+    pub(super) fn read(reply: &'a str) -> Option<Self> {
         let tokens: Vec<&str> = reply.strip_prefix("$JS.ACK.")?.split('.').collect();
         let tokens = match tokens.len() {
             7 => &tokens[..],
@@ -516,6 +581,10 @@ impl<'a> Place<'a> {
             sequence: tokens[3].parse().ok()?,
             stored: tokens[5].parse().ok()?,
         })
+    }
+
+    fn time(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_nanos(self.stored)
     }
 }
 
@@ -538,11 +607,11 @@ mod tests {
     #[test]
     fn more_is_asked_for_once_half_is_used_up_and_never_more_than_is_free() {
         let names = Names::of(&QueueSpec::new("q")).unwrap();
-        let durable = Durable { names: names.clone(), max_batch: None, max_expires: None };
+        let durable = Durable { names: names.clone(), replicas: 1, max_batch: None, max_expires: None };
         let mut requests = Requests::new(&names, Subject::from("inbox"), &durable);
         assert_eq!(requests.due(0), None);
         assert_eq!(requests.due(8), Some(8));
-        requests.request(8);
+        requests.request(8, Patience::Alone);
         for _ in 0..3 {
             requests.arrived();
         }

@@ -15,8 +15,8 @@ use crate::broker::{BrokerError, BrokerErrorKind, Declare, Destination, Facts, K
 
 /// How many deliveries of a durable made by us may be unacked, over all its consumers: 100,000.
 ///
-/// Messages that wait for their delay count as well, so this must be far more than is in hand;
-/// once it is reached, new messages wait until a delay is over.
+/// Messages that wait for a short delay count as well, so this must be far more than is in hand; once it is reached,
+/// new messages wait until a delay is over. Those with a [long delay](crate::defaults::LONG_DELAY) do not count.
 pub const MAX_ACK_PENDING: i64 = 100_000;
 
 /// The server's clock is asked for a new deadline each heartbeat; one of them may be lost.
@@ -89,10 +89,23 @@ fn overlap(one: &str, other: &str) -> bool {
 #[derive(Debug)]
 pub(super) struct Durable {
     pub(super) names: Names,
+    /// Of its stream.
+    pub(super) replicas: usize,
     /// The most messages that one pull request may ask for.
     pub(super) max_batch: Option<usize>,
     /// The longest that one pull request may stay.
     pub(super) max_expires: Option<Duration>,
+}
+
+impl Durable {
+    pub(super) fn new(names: Names, stream: &stream::Config, config: &consumer::Config) -> Self {
+        Self {
+            names,
+            replicas: stream.num_replicas,
+            max_batch: usize::try_from(config.max_batch).ok().filter(|largest| *largest > 0),
+            max_expires: Some(config.max_expires).filter(|longest| !longest.is_zero()),
+        }
+    }
 }
 
 /// Makes or checks the stream and the durable.
@@ -102,9 +115,7 @@ pub(super) async fn source(link: &Link, spec: &QueueSpec) -> Result<Durable, Bro
     check_stream(&stream, &names)?;
     let info = find_or_make_durable(link, &names, spec).await?;
     check_durable(&info.config, &stream, &names, spec)?;
-    let max_batch = usize::try_from(info.config.max_batch).ok().filter(|largest| *largest > 0);
-    let max_expires = Some(info.config.max_expires).filter(|longest| !longest.is_zero());
-    Ok(Durable { names, max_batch, max_expires })
+    Ok(Durable::new(names, &stream, &info.config))
 }
 
 async fn find_or_make_stream(
@@ -116,7 +127,7 @@ async fn find_or_make_stream(
     match (found, declare) {
         (Some(config), _) => Ok(config),
         (None, Declare::Create) => {
-            make_stream(link, &names.stream, &names.subject, RetentionPolicy::WorkQueue).await
+            make_stream(link, kept(&names.stream, &names.subject, RetentionPolicy::WorkQueue)).await
         }
         (None, Declare::Check) => Err(refused(format!(
             "the stream `{}` is missing: make it (nats stream add {0} --subjects '{}'), name another with \
@@ -126,7 +137,7 @@ async fn find_or_make_stream(
     }
 }
 
-async fn stream_config(link: &Link, stream: &str) -> Result<Option<stream::Config>, BrokerError> {
+pub(super) async fn stream_config(link: &Link, stream: &str) -> Result<Option<stream::Config>, BrokerError> {
     match link.jetstream.get_stream(stream).await {
         Ok(found) => Ok(Some(found.cached_info().config.clone())),
         Err(error) => match error.kind() {
@@ -146,19 +157,19 @@ async fn stream_config(link: &Link, stream: &str) -> Result<Option<stream::Confi
 }
 
 /// Kept in files. A queue's stream forgets what is acked; one for dead letters keeps all.
-async fn make_stream(
-    link: &Link,
-    name: &str,
-    subject: &str,
-    retention: RetentionPolicy,
-) -> Result<stream::Config, BrokerError> {
-    let config = stream::Config {
+fn kept(name: &str, subject: &str, retention: RetentionPolicy) -> stream::Config {
+    stream::Config {
         name: name.to_owned(),
         subjects: vec![subject.to_owned()],
         retention,
         allow_direct: true,
         ..stream::Config::default()
-    };
+    }
+}
+
+pub(super) async fn make_stream(link: &Link, config: stream::Config) -> Result<stream::Config, BrokerError> {
+    let name = &config.name.clone();
+    let subject = &config.subjects.first().cloned().unwrap_or_default();
     let act = || format!("make the stream `{name}` for the subject `{subject}`");
     let error = match link.jetstream.create_stream(config).await {
         Ok(made) => return Ok(made.cached_info().config.clone()),
@@ -199,7 +210,7 @@ async fn find_or_make_durable(link: &Link, names: &Names, spec: &QueueSpec) -> R
     let Names { stream, durable, .. } = names;
     match (durable_info(link, names).await?, spec.declare) {
         (Some(info), _) => Ok(info),
-        (None, Declare::Create) => make_durable(link, names, spec).await,
+        (None, Declare::Create) => make_durable(link, names, spec, MAX_ACK_PENDING).await,
         (None, Declare::Check) => Err(refused(format!(
             "the durable `{durable}` of the stream `{stream}` is missing: make it (nats consumer add {stream} \
              {durable} --pull --ack explicit --max-deliver -1 --wait {:?} --filter '{}'), or let it be made \
@@ -210,7 +221,7 @@ async fn find_or_make_durable(link: &Link, names: &Names, spec: &QueueSpec) -> R
     }
 }
 
-async fn durable_info(link: &Link, names: &Names) -> Result<Option<Info>, BrokerError> {
+pub(super) async fn durable_info(link: &Link, names: &Names) -> Result<Option<Info>, BrokerError> {
     let Names { stream, durable, .. } = names;
     let act = || format!("look up the durable `{durable}` of the stream `{stream}`");
     let api = format!("CONSUMER.INFO.{stream}.{durable}");
@@ -226,14 +237,19 @@ async fn durable_info(link: &Link, names: &Names) -> Result<Option<Info>, Broker
     }
 }
 
-async fn make_durable(link: &Link, names: &Names, spec: &QueueSpec) -> Result<Info, BrokerError> {
+pub(super) async fn make_durable(
+    link: &Link,
+    names: &Names,
+    spec: &QueueSpec,
+    max_ack_pending: i64,
+) -> Result<Info, BrokerError> {
     let Names { stream, subject, durable } = names;
     let config = pull::Config {
         durable_name: Some(durable.clone()),
         ack_policy: AckPolicy::Explicit,
         ack_wait: ack_wait(spec),
         max_deliver: -1,
-        max_ack_pending: MAX_ACK_PENDING,
+        max_ack_pending,
         // The plural is newer than 2.9, which would ignore it and deliver everything.
         filter_subject: subject.clone(),
         ..pull::Config::default()
@@ -254,7 +270,7 @@ fn ack_wait(spec: &QueueSpec) -> Duration {
 
 /// Refuses a durable under which a promise would not hold, naming every reason. It is read back
 /// after it was made, too: a server ignores what it does not know.
-fn check_durable(
+pub(super) fn check_durable(
     config: &consumer::Config,
     stream: &stream::Config,
     names: &Names,
@@ -364,7 +380,7 @@ pub(super) async fn dead_letters(link: &Link, spec: &QueueSpec) -> Result<(), Br
     match (stream_keeping(link, subject).await?, spec.declare) {
         (Some(stream), _) => check_keeps(link, place, &stream).await,
         (None, Declare::Create) => {
-            make_stream(link, &legal(subject), subject, RetentionPolicy::Limits).await.map(drop)
+            make_stream(link, kept(&legal(subject), subject, RetentionPolicy::Limits)).await.map(drop)
         }
         (None, Declare::Check) if spec.allow_missing_dead_letter => Ok(()),
         (None, Declare::Check) => Err(refused(format!(
@@ -393,7 +409,7 @@ async fn stream_keeping(link: &Link, subject: &str) -> Result<Option<String>, Br
 /// What the stream, the durable and the dead letters' stream say of themselves.
 pub(super) async fn facts(link: &Link, spec: &QueueSpec) -> Result<Facts, BrokerError> {
     let dead_letters = match &spec.dead_letter {
-        Some(place) => kept(link, stream_keeping(link, place.name()).await?).await?,
+        Some(place) => limits(link, stream_keeping(link, place.name()).await?).await?,
         None => Kept::default(),
     };
     if spec.nats.core {
@@ -401,7 +417,7 @@ pub(super) async fn facts(link: &Link, spec: &QueueSpec) -> Result<Facts, Broker
         return Ok(Facts { dead_letters, rejected, ..Facts::default() });
     }
     let names = Names::of(spec)?;
-    let source = kept(link, Some(names.stream.clone())).await?;
+    let source = limits(link, Some(names.stream.clone())).await?;
     let durable = durable_info(link, &names).await?.map(|info| info.config);
     Ok(Facts {
         ack_wait: durable.as_ref().map(|durable| *shortest_wait(durable)),
@@ -415,7 +431,7 @@ pub(super) async fn facts(link: &Link, spec: &QueueSpec) -> Result<Facts, Broker
     })
 }
 
-async fn kept(link: &Link, stream: Option<String>) -> Result<Kept, BrokerError> {
+async fn limits(link: &Link, stream: Option<String>) -> Result<Kept, BrokerError> {
     let Some(stream) = stream else { return Ok(Kept::default()) };
     let Some(config) = stream_config(link, &stream).await? else { return Ok(Kept::default()) };
     let limit = |limit: i64| Some(limit).filter(|limit| *limit > 0);
@@ -440,7 +456,7 @@ async fn check_keeps(link: &Link, place: &Destination, stream: &str) -> Result<(
     Err(refused(what))
 }
 
-fn refused(what: impl Into<String>) -> BrokerError {
+pub(super) fn refused(what: impl Into<String>) -> BrokerError {
     BrokerError::new(BrokerErrorKind::Refused, what)
 }
 
@@ -451,7 +467,7 @@ fn said_no(act: &str, error: jetstream::Error) -> BrokerError {
 }
 
 /// The server answers nothing to a question that a user may not ask, so the permission it may lack is named.
-fn no_answer(act: &str, api: &str, error: impl Into<crate::BoxError>) -> BrokerError {
+pub(super) fn no_answer(act: &str, api: &str, error: impl Into<crate::BoxError>) -> BrokerError {
     let error = error.into();
     let nobody = error_chain(&*error).any(|error| {
         error
