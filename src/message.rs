@@ -393,6 +393,11 @@ impl MessageBuilder {
         })
     }
 
+    /// What lies at the broker: of a copy of ours, the copy's own.
+    pub(crate) fn written_transport_id(&self) -> Option<&MessageId> {
+        self.0.transport_id.as_ref()
+    }
+
     /// The same content as another hand-over, for a broker that keeps what it delivers.
     pub(crate) fn again(&self) -> Self {
         Self::new(self.0.payload.clone()).set(|parts| {

@@ -3,6 +3,7 @@
 use async_trait::async_trait;
 
 use super::BrokerError;
+use super::copy::DeadLetter;
 use crate::Message;
 
 /// A walk over the letters of one place, from the oldest on, begun by
@@ -45,7 +46,7 @@ pub trait Letters: Send {
 #[non_exhaustive]
 pub struct Letter {
     /// By what an operator names it: the copy's transport id, which is a hash of what was copied, so that it is the
-    /// same wherever the letter is read. A message without one gets a hash of its body and headers.
+    /// same wherever the letter is read. A message that we did not put here gets a hash of its id, body and headers.
     pub id: String,
     /// The message, with the identity, source and headers of the original. Its
     /// [record](super::copy::DeadLetter::read) is `None` if it was not put here by guestlist.
@@ -59,8 +60,76 @@ impl Letter {
     pub fn new(id: impl Into<String>, message: Message, place: Place) -> Self {
         Self { id: id.into(), message, place }
     }
+
+    /// A letter as a walk finds it, with the transport id that lies beside it at the broker: on our copies the message
+    /// shows the original's instead.
+    pub fn found(transport_id: Option<&[u8]>, message: Message, place: Place) -> Self {
+        let id = letter_id(transport_id.unwrap_or_default(), &message);
+        Self { id, message, place }
+    }
+}
+
+/// A stranger's transport id is never shown: it may be a card number for all we know.
+fn letter_id(transport_id: &[u8], message: &Message) -> String {
+    match std::str::from_utf8(transport_id) {
+        Ok(id) if is_ours(id) && DeadLetter::read(message).is_some() => id.to_owned(),
+        _ => hash_of(transport_id, message),
+    }
+}
+
+/// Whether it has the form of a copy's id.
+fn is_ours(id: &str) -> bool {
+    id.len() == 32 && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn hash_of(transport_id: &[u8], message: &Message) -> String {
+    let mut hash = blake3::Hasher::new_derive_key("guestlist 2026 letter id");
+    let mut part = |bytes: &[u8]| {
+        hash.update(&(bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
+    part(transport_id);
+    part(message.payload());
+    for (name, value) in message.headers().iter() {
+        part(name.as_bytes());
+        part(value);
+    }
+    hash.finalize().to_hex()[..32].to_owned()
 }
 
 /// Where a letter lies: a number that its broker gave it, good for one walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Place(pub u64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OURS: &[u8] = b"0123456789abcdef0123456789abcdef";
+
+    fn id(transport_id: Option<&[u8]>, cause: Option<&'static str>, body: &'static str) -> String {
+        let message = cause
+            .into_iter()
+            .fold(Message::builder(body), |message, cause| message.header("guestlist-cause", cause));
+        Letter::found(transport_id, message.build(), Place(1)).id
+    }
+
+    #[test]
+    fn only_an_id_that_we_made_is_shown_as_it_is() {
+        assert_eq!(id(Some(OURS), Some("exhausted"), "{}").as_bytes(), OURS);
+        for (transport_id, cause) in [
+            (Some(OURS), None),
+            (Some(&b"4111111111111111"[..]), None),
+            (Some(b"4111111111111111"), Some("exhausted")),
+            (Some(b"\xff"), Some("exhausted")),
+            (None, Some("exhausted")),
+            (None, None),
+        ] {
+            let shown = id(transport_id, cause, "{}");
+            assert!(is_ours(&shown), "{shown}");
+            assert_ne!(Some(shown.as_bytes()), transport_id, "a stranger's id must not be shown");
+            assert_eq!(shown, id(transport_id, cause, "{}"), "the same each time");
+            assert_ne!(shown, id(transport_id, cause, "{ }"), "another body, another id");
+        }
+    }
+}

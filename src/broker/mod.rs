@@ -124,6 +124,7 @@ pub trait Subscription: Send + 'static {
 /// What a broker can and cannot do; its contract suite and the consumer read it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
+#[expect(clippy::struct_excessive_bools, reason = "each is a yes or no of its own")]
 pub struct Features {
     /// Unsettled deliveries come again. `false` for core NATS: there dedup and dead letters work,
     /// nothing else does.
@@ -136,10 +137,12 @@ pub struct Features {
     pub counts_deliveries: bool,
     /// Shutdown hands deliveries back without a delay and without counting an attempt.
     pub hands_back: bool,
+    /// Dead letters can be [walked](Broker::letters). `false` unless a broker says so: the trait's own `letters` refuses.
+    pub shows_letters: bool,
 }
 
 impl Features {
-    /// A broker that redelivers, with no deadline, exact delays, no count.
+    /// A broker that redelivers, with no deadline, exact delays, no count, and no sight of its dead letters.
     pub const fn new() -> Self {
         Self {
             redelivers: true,
@@ -147,6 +150,7 @@ impl Features {
             delay_step: std::time::Duration::ZERO,
             counts_deliveries: false,
             hands_back: true,
+            shows_letters: false,
         }
     }
 }

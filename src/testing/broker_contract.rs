@@ -69,6 +69,7 @@ mod delivery;
 mod redelivery;
 mod stage;
 mod topology;
+mod walks;
 
 use std::sync::Arc;
 
@@ -78,6 +79,7 @@ pub use self::copies::*;
 pub use self::delivery::*;
 pub use self::redelivery::*;
 pub use self::topology::*;
+pub use self::walks::*;
 use crate::Message;
 use crate::broker::{Broker, Features, QueueSpec};
 
@@ -151,6 +153,22 @@ macro_rules! cases_of_redelivery {
     };
 }
 
+/// Hands the list of cases that walk over dead letters to one of the two macros.
+macro_rules! cases_of_walks {
+    ($act:ident $head:tt) => {
+        $act! { $head:
+            a_walk_shows_each_letter_once_and_takes_nothing_out
+            a_walk_over_no_letters_ends
+            a_letter_has_the_same_id_in_each_walk
+            a_walk_ends_though_letters_come_back
+            a_removal_removes_exactly_one_letter
+            a_letter_removed_twice_is_no_error
+            a_dropped_walk_leaves_the_rest
+            a_missing_place_of_letters_is_refused_by_name
+        }
+    };
+}
+
 /// Runs every case that the broker's [`Features`] allow, in turn, printing each name; the
 /// others are printed as skipped.
 pub async fn broker_contract(fixture: &dyn BrokerFixture) {
@@ -173,6 +191,11 @@ pub async fn broker_contract(fixture: &dyn BrokerFixture) {
         cases_of_redelivery!(run fixture);
     } else {
         cases_of_redelivery!(skip "it does not redeliver");
+    }
+    if fixture.features(&*broker).shows_letters {
+        cases_of_walks!(run fixture);
+    } else {
+        cases_of_walks!(skip "it does not show its letters");
     }
     broker.close().await;
 }

@@ -44,6 +44,7 @@
 //! ```
 
 mod faults;
+mod letters;
 mod publish;
 mod queue;
 mod settle;
@@ -59,7 +60,9 @@ use async_trait::async_trait;
 use self::faults::Faults;
 pub use self::faults::PublishFault;
 use self::queue::Queue;
-use super::{Broker, BrokerError, BrokerErrorKind, Copy, Destination, Features, QueueSpec, Subscription};
+use super::{
+    Broker, BrokerError, BrokerErrorKind, Copy, Destination, Features, Letters, QueueSpec, Subscription,
+};
 use crate::Message;
 use crate::message::MessageBuilder;
 
@@ -193,7 +196,7 @@ impl Broker for MemoryBroker {
     }
 
     fn features(&self) -> Features {
-        Features { counts_deliveries: true, ..Features::new() }
+        Features { counts_deliveries: true, shows_letters: true, ..Features::new() }
     }
 
     fn default_scope(&self, queue: &QueueSpec) -> String {
@@ -211,6 +214,11 @@ impl Broker for MemoryBroker {
 
     async fn publish(&self, to: &Destination, copy: &Copy<'_>) -> Result<(), BrokerError> {
         publish::publish(self, to, copy)
+    }
+
+    async fn letters(&self, at: &Destination) -> Result<Box<dyn Letters>, BrokerError> {
+        let found = self.find(at.name(), BrokerErrorKind::Refused)?;
+        Ok(Box::new(letters::MemoryLetters::new(found)))
     }
 
     /// Nothing to do: there is no connection, and other handles may go on.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::mem;
+use std::ops::Bound;
 use std::sync::{Arc, Mutex};
 use std::task::Waker;
 use std::time::{Duration, SystemTime};
@@ -9,9 +10,10 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::{SYSTEM, lock};
+use super::{SYSTEM, lock, topology};
 use crate::Message;
-use crate::message::{MessageBuilder, Source};
+use crate::broker::{BrokerError, BrokerErrorKind, Letter, Place};
+use crate::message::{MessageBuilder, MessageId, Source};
 
 /// Stands for a delay that has no end a clock could show.
 const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365);
@@ -116,6 +118,30 @@ impl Queue {
         let mut entries: Vec<_> = state.entries().collect();
         entries.sort_unstable_by_key(|entry| entry.place);
         entries.into_iter().map(|entry| self.message(&entry.content, entry.deliveries)).collect()
+    }
+
+    /// No place up to this one will be given again.
+    pub(super) fn last_place(&self) -> u64 {
+        lock(&self.state).last
+    }
+
+    /// The first message behind this place, up to `end`. What somebody has in hand is shown as well: it may come back.
+    pub(super) fn letter_between(&self, shown: u64, end: u64) -> Result<Option<Letter>, BrokerError> {
+        let state = lock(&self.state);
+        if state.deleted {
+            return Err(topology::missing(&self.name, BrokerErrorKind::Refused));
+        }
+        let found = state.first_between(shown, end).map(|entry| {
+            let message = self.message(&entry.content, entry.deliveries);
+            let transport_id = entry.content.written_transport_id().map(MessageId::as_bytes);
+            Letter::found(transport_id, message, Place(entry.place))
+        });
+        Ok(found)
+    }
+
+    /// Removes the message at this place, wherever it is.
+    pub(super) fn remove(&self, place: u64) {
+        self.change(|state| state.remove(place));
     }
 
     pub(super) async fn drained(&self) {
@@ -224,6 +250,22 @@ impl State {
     fn entries(&self) -> impl Iterator<Item = &Entry> {
         let out = self.out.values().map(|out| &out.entry);
         self.waiting.values().chain(self.delayed.values()).chain(out)
+    }
+
+    fn first_between(&self, shown: u64, end: u64) -> Option<&Entry> {
+        let first = self.waiting.range((Bound::Excluded(shown), Bound::Included(end))).next();
+        let elsewhere = self.delayed.values().chain(self.out.values().map(|out| &out.entry));
+        let entries = first.map(|(_, entry)| entry).into_iter().chain(elsewhere);
+        entries.filter(|entry| entry.place > shown && entry.place <= end).min_by_key(|entry| entry.place)
+    }
+
+    fn remove(&mut self, place: u64) {
+        self.waiting.remove(&place);
+        self.delayed.retain(|(_, delayed), _| *delayed != place);
+        let out = self.out.iter().find(|(_, out)| out.entry.place == place).map(|(tag, _)| *tag);
+        if let Some(tag) = out {
+            self.settle(tag, Fate::Rejected);
+        }
     }
 
     fn take_wakers(&mut self) -> Vec<Waker> {

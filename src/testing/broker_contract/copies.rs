@@ -19,16 +19,16 @@ async fn deliver_odd(stage: &Stage<'_>) -> (super::stage::Inbox, Delivery) {
     (inbox, delivery)
 }
 
-fn record(message: &Message) -> DeadLetter {
+pub(super) fn record(message: &Message) -> DeadLetter {
     DeadLetter::new(message, Cause::Exhausted, "no\r\nluck: ünlucky")
 }
 
-fn place(stage: &Stage<'_>) -> Destination {
+pub(super) fn place(stage: &Stage<'_>) -> Destination {
     let place = stage.queue.dead_letter.clone();
     place.unwrap_or_else(|| panic!("the fixture's queue must have a dead-letter destination"))
 }
 
-async fn publish(stage: &Stage<'_>, message: &Message) {
+pub(super) async fn publish(stage: &Stage<'_>, message: &Message) {
     let record = record(message);
     let copy = Copy::dead_letter(message, &record);
     let answer = stage.broker.publish(&place(stage), &copy).await;

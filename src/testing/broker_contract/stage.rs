@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How long nothing has to happen.
 const QUIET: Duration = Duration::from_millis(300);
 /// How often what cannot wake us is asked for.
-const POLL: Duration = Duration::from_millis(10);
+pub(super) const POLL: Duration = Duration::from_millis(10);
 /// More room than any case needs.
 const ROOM: usize = 64;
 
