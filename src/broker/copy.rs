@@ -50,6 +50,8 @@ pub const STREAM: &str = "guestlist-orig-stream";
 pub const SEQUENCE: &str = "guestlist-orig-sequence";
 /// The original's transport id, since the copy may have one of its own. Empty: it had none.
 pub const TRANSPORT_ID: &str = "guestlist-orig-id";
+/// AMQP: the copy's own id, since its transport id is the original's.
+pub const COPY_ID: &str = "guestlist-copy-id";
 /// A header that the broker acts on, moved aside: this, then its name.
 pub const MOVED_HEADER: &str = "guestlist-orig-h-";
 /// A property that the broker acts on, moved aside: this, then its name.

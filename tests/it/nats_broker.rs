@@ -1,6 +1,8 @@
 //! NATS, against real servers: the one of `GUESTLIST_NATS_URL`, and private ones that tests may
 //! kill, freeze and lock down. `./scripts/test` sets all that is needed.
 
+mod letters;
+
 use std::future::poll_fn;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -1133,7 +1135,8 @@ async fn the_permissions_in_the_docs_are_enough() {
         format!(
             "publish: [ \"$JS.API.STREAM.INFO.{name}\", \"$JS.API.CONSUMER.INFO.{name}.{name}\", \
              \"$JS.API.CONSUMER.MSG.NEXT.{name}.{name}\", \"$JS.ACK.{name}.{name}.>\", \"{dead_name}\", \
-             \"$JS.API.STREAM.NAMES\", \"$JS.API.STREAM.INFO.{dead_name}\", \"$JS.API.STREAM.MSG.GET.{dead_name}\" {create} ], \
+             \"$JS.API.STREAM.NAMES\", \"$JS.API.STREAM.INFO.{dead_name}\", \"$JS.API.STREAM.MSG.GET.{dead_name}\", \
+             \"$JS.API.STREAM.MSG.DELETE.{dead_name}\" {create} ], \
              subscribe: [ \"_MINE.>\" ]"
         )
     };
@@ -1168,6 +1171,10 @@ async fn the_permissions_in_the_docs_are_enough() {
     }
     settle(delivery, Disposition::Ack).await;
     until("the ack is permitted", || async { stored(&js, &name).await == 0 }).await;
+    let mut walk = nats.letters(&dead(&spec)).await.expect("a walk is permitted");
+    let letter = walk.next().await.expect("permitted").expect("the letter");
+    walk.remove(letter.place).await.expect("a removal is permitted");
+    assert_eq!(stored(&js, dead(&spec).name()).await, 0);
 
     let short = Duration::from_millis(300);
     let url = server.url().replace("://", "://user:x@");
