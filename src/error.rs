@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::BoxError;
+use crate::broker::copy::escape;
 use crate::broker::{BrokerError, BrokerErrorKind};
 use crate::consumer::ConfigError;
 use crate::dedup::StoreError;
@@ -26,6 +27,8 @@ pub enum ErrorKind {
     Broker,
     /// The store does not answer, or refuses.
     Store,
+    /// There is no such dead letter.
+    NoLetter,
     /// A queue's loop ended by itself. A bug, of ours or of an observer's.
     Loop,
 }
@@ -49,6 +52,25 @@ impl Error {
     pub(crate) fn gave_up(queue: &str, failures: u32, error: Option<BrokerError>) -> Self {
         let what = format!("gave up on queue `{queue}`: {failures} subscriptions in a row brought nothing");
         Self { kind: ErrorKind::Broker, what, source: error.map(Into::into) }
+    }
+
+    pub(crate) fn no_letter(id: &str, place: &str) -> Self {
+        let id = escape(id, 64);
+        let what = format!(
+            "there is no letter `{id}` at `{place}`: it was redriven or removed, or the id is mistyped"
+        );
+        Self { kind: ErrorKind::NoLetter, what, source: None }
+    }
+
+    /// What was not done to a letter, and why.
+    pub(crate) fn of_letter(id: &str, what: &str, error: impl Into<Self>) -> Self {
+        let Self { kind, source, .. } = error.into();
+        Self { kind, what: format!("letter `{id}` {what}"), source }
+    }
+
+    /// The settings of an operator's call.
+    pub(crate) fn admin(error: ConfigError) -> Self {
+        Self { what: "the admin's settings".to_owned(), ..error.into() }
     }
 
     /// What kind of error it is.

@@ -4,6 +4,7 @@
 mod tests;
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -293,6 +294,23 @@ impl Identified {
         hash.update(&digest.to_le_bytes());
         let [a, b, c, d, ..] = *hash.finalize().as_bytes();
         Some(u32::from_le_bytes([a, b, c, d]))
+    }
+}
+
+/// What finds the ids of a queue's messages and their keys, without a claim.
+#[derive(Clone, Debug)]
+pub(crate) struct Ids {
+    pub(crate) identity: Identity,
+    pub(crate) missing: MissingId,
+    pub(crate) scope: Scope,
+}
+
+impl Ids {
+    /// The id that dedup would look up; `None`: it would not, or a source of the user's panics.
+    pub(crate) fn find(&self, message: &Message) -> Option<MessageId> {
+        let found = catch_unwind(AssertUnwindSafe(|| self.identity.find(message))).ok()?;
+        let hashed = || (self.missing == MissingId::HashBody).then(|| body_hash(message.payload()));
+        found.or_else(hashed).filter(|id| !too_long(id))
     }
 }
 

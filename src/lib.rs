@@ -36,6 +36,7 @@
 //! - [`Consumer`] and [`Queue`] run a handler over a broker; [`broker`] has the brokers.
 //! - [`dedup`] is the heart: the claim protocol and its stores. [`redeliver`], [`delay`], [`dead_letter`], [`retry`],
 //!   [`inbox`] and [`trace`] are the other layers; [`Pipeline`] puts them in their one right order.
+//! - [`admin`] is the operator's: list, show, redrive and discard dead letters, look ids up.
 //! - [`_docs`] has a page for each store, says why things are as they are, and how they were proven.
 //!
 //! # Features
@@ -44,6 +45,7 @@
 //! in Redis or Valkey, in PostgreSQL (and its transactional inbox), in a folder. `testing`: contract suites and doubles for tests of your
 //! own. `full`: all of them. The in-memory broker and store are always there.
 
+pub mod admin;
 mod backoff;
 pub mod broker;
 mod clock;

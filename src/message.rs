@@ -245,6 +245,11 @@ impl Message {
         self.parts.copy.generation
     }
 
+    /// When an operator last sent it back to work, if one did: to the second, as our own copy says.
+    pub fn redriven_at(&self) -> Option<SystemTime> {
+        self.parts.copy.redriven_at
+    }
+
     /// An id for a message that the handler publishes about this one: the same for each run
     /// of this id in this scope, so that a second run publishes the same id again, and another
     /// queue's message of the same id does not.

@@ -30,6 +30,8 @@ pub const ATTEMPT: &str = "guestlist-attempt";
 pub const DUE: &str = "guestlist-due";
 /// How many times an operator sent this id back to work.
 pub const GENERATION: &str = "guestlist-generation";
+/// When an operator last sent it back to work, seconds since 1970: a queue's `max_age` counts from then on.
+pub const REDRIVEN_AT: &str = "guestlist-redriven-at";
 /// Why it is a dead letter: see [`Cause::name`].
 pub const CAUSE: &str = "guestlist-cause";
 /// The chain of errors, escaped, at most 1 KiB.
@@ -64,14 +66,14 @@ pub struct Copy<'a> {
     id: String,
     attempt: u32,
     generation: u32,
+    redriven_at: Option<SystemTime>,
     story: Vec<(String, String)>,
 }
 
 impl<'a> Copy<'a> {
     /// A copy that goes to a hold queue and comes back, of a message that was tried.
     pub fn hold(message: &'a Message) -> Self {
-        let (id, attempt) = (copy_id(message, "hold"), message.attempt());
-        Self { message, id, attempt, generation: message.generation(), story: Vec::new() }
+        Self::of(message, copy_id(message, "hold"))
     }
 
     /// A copy that goes to a hold queue and comes back, of a message that was not tried: its
@@ -82,15 +84,25 @@ impl<'a> Copy<'a> {
 
     /// A copy for the dead letters, with its story.
     pub fn dead_letter(message: &'a Message, record: &DeadLetter) -> Self {
-        let (id, attempt) = (copy_id(message, "dead"), message.attempt());
-        Self { message, id, attempt, generation: message.generation(), story: record.headers() }
+        Self { story: record.headers(), ..Self::of(message, copy_id(message, "dead")) }
     }
 
-    /// A copy of the letter of this id that is worked on again, from attempt 1, in this generation.
+    /// A copy of the letter of this id that is worked on again, from attempt 1, in this generation. Its age counts from now.
     pub fn redrive(message: &'a Message, letter: &str, generation: u32) -> Self {
         // By the letter: two letters of one message are two copies, one letter redriven twice is one.
         let id = blake3::hash(format!("redrive {generation} {letter}").as_bytes()).to_hex()[..32].to_owned();
-        Self { message, id, attempt: 0, generation, story: Vec::new() }
+        Self { attempt: 0, generation, redriven_at: Some(SystemTime::now()), ..Self::of(message, id) }
+    }
+
+    fn of(message: &'a Message, id: String) -> Self {
+        Self {
+            message,
+            id,
+            attempt: message.attempt(),
+            generation: message.generation(),
+            redriven_at: message.redriven_at(),
+            story: Vec::new(),
+        }
     }
 
     /// What is copied.
@@ -119,6 +131,9 @@ impl<'a> Copy<'a> {
         if let Some(due) = message.due().and_then(|due| due.duration_since(UNIX_EPOCH).ok()) {
             // Up: not even a millisecond early.
             put(DUE, due.as_micros().div_ceil(1000).to_string());
+        }
+        if let Some(at) = self.redriven_at.and_then(|at| at.duration_since(UNIX_EPOCH).ok()) {
+            put(REDRIVEN_AT, at.as_secs().to_string());
         }
         // Said even if there was none: the one on the copy is the copy's own.
         put(TRANSPORT_ID, message.transport_id().map(|id| encode(cut(id))).unwrap_or_default());
@@ -256,6 +271,7 @@ pub(crate) struct Marks {
     pub(crate) attempt: u32,
     pub(crate) generation: u32,
     pub(crate) due: Option<SystemTime>,
+    pub(crate) redriven_at: Option<SystemTime>,
     /// The original's, empty if it had none.
     pub(crate) transport_id: Option<Bytes>,
     /// Full names and raw values of what was moved aside.
@@ -280,6 +296,7 @@ impl Marks {
             ATTEMPT => self.attempt = number(value),
             GENERATION => self.generation = number(value),
             DUE => self.due = time(value),
+            REDRIVEN_AT => self.redriven_at = seconds(value),
             TRANSPORT_ID => self.transport_id = Some(decode(value)),
             moved if moved.starts_with(MOVED_HEADER) => {
                 let original = &moved[MOVED_HEADER.len()..];
@@ -294,6 +311,11 @@ impl Marks {
             ERROR | CAUSE | FAILED_AT => self.story.push(name, value.clone()),
             _ => self.story.push(name, decode(value)),
         }
+    }
+
+    /// The queue that the original came from, if the copy says so.
+    pub(crate) fn source_queue(&self) -> Option<&str> {
+        self.story.get_str(QUEUE)
     }
 
     /// Shows the original's source in place of the copy's.
@@ -324,10 +346,18 @@ const CLOCKS_APART: Duration = Duration::from_secs(24 * 60 * 60);
 /// Milliseconds since 1970; a forged one is none, and the sender's own header counts again.
 fn time(value: &[u8]) -> Option<SystemTime> {
     let millis = std::str::from_utf8(value).ok()?.parse().ok()?;
-    let due = UNIX_EPOCH.checked_add(Duration::from_millis(millis))?;
-    // We write none further away; the other machine's clock may be ahead.
-    let furthest = SystemTime::now() + LONGEST + CLOCKS_APART;
-    (due <= furthest).then_some(due)
+    no_further(LONGEST, UNIX_EPOCH.checked_add(Duration::from_millis(millis))?)
+}
+
+/// Seconds since 1970, not in the future: with a forged one a message would be young for ever.
+fn seconds(value: &[u8]) -> Option<SystemTime> {
+    let seconds = std::str::from_utf8(value).ok()?.parse().ok()?;
+    no_further(Duration::ZERO, UNIX_EPOCH.checked_add(Duration::from_secs(seconds))?)
+}
+
+/// We write no time further ahead than this; the other machine's clock may be ahead.
+fn no_further(ahead: Duration, time: SystemTime) -> Option<SystemTime> {
+    (time <= SystemTime::now() + ahead + CLOCKS_APART).then_some(time)
 }
 
 /// Percent-encodes everything but visible ASCII, and `%`: any bytes travel as a header value.

@@ -374,4 +374,40 @@ pub enum ConfigError {
         /// The setting that lets messages run without a claim.
         setting: &'static str,
     },
+    /// Nothing says where the dead letters are.
+    #[error(
+        "queue `{queue}` does not say where its dead letters are: add `.dead_letter(…)` as its consumer does, or, if it rejects what fails, the queue behind its dead-letter exchange"
+    )]
+    NoLetters {
+        /// The queue.
+        queue: String,
+    },
+    /// Dead letters would go where they are.
+    #[error(
+        "the dead letters at `{place}` cannot be redriven to `{place}`: name another place, or leave `.to(…)` out"
+    )]
+    RedriveInPlace {
+        /// The place.
+        place: String,
+    },
+    /// Nothing would ever be redriven.
+    #[error("a rate of 0 letters per second redrives nothing: take 1 or more, or leave `.rate(…)` out")]
+    NoRate,
+    /// A removal that nobody could explain later.
+    #[error("a discard needs a reason, which its audit event tells: `Discard::new(\"refunded by hand\")`")]
+    NoReason,
+    /// An id that no message has.
+    #[error("no message has an id of {bytes} bytes: an id has 1 to {} of them", defaults::MAX_ID)]
+    NoId {
+        /// Its length.
+        bytes: usize,
+    },
+    /// What is known of ids is out of reach.
+    #[error(
+        "the ids of queue `{queue}` are in the memory of its consumer's process, where nobody else can look: give the admin that store by `.store(…)` within the process, or both a store that is shared"
+    )]
+    StoreInMemory {
+        /// The queue.
+        queue: String,
+    },
 }

@@ -24,6 +24,7 @@ pub use self::queue::Queue;
 pub use self::settle::disposition;
 pub use self::status::{QueueStatus, State, Status};
 use self::stores::Stores;
+pub(crate) use self::stores::from_elsewhere;
 use crate::broker::Broker;
 use crate::{Error, defaults};
 

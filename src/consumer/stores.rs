@@ -50,6 +50,22 @@ impl Stores {
     }
 }
 
+/// The store of this queue, for one who is not its consumer. `None`: it is in the memory of the consumer's process.
+pub(crate) async fn from_elsewhere(queue: &QueueConfig) -> Result<Option<Arc<dyn DedupStore>>, Error> {
+    if let Some(inbox) = &queue.inbox {
+        return Ok(Some(inbox.store()));
+    }
+    match &queue.store {
+        StoreChoice::Default => Ok(None),
+        StoreChoice::Given(store) => Ok(Some(Arc::clone(store))),
+        // A new one would know nothing.
+        StoreChoice::At(url) if url.starts_with("memory:") => Ok(None),
+        StoreChoice::At(url) => {
+            connect(url).await.map(Some).map_err(|error| Error::store_of(&queue.spec.name, error))
+        }
+    }
+}
+
 /// No URLs: they may hold passwords.
 impl fmt::Debug for Stores {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

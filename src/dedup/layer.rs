@@ -12,6 +12,7 @@ use super::service::Dedup;
 use super::store::DedupStore;
 use super::suspects::Suspects;
 use crate::events::Events;
+use crate::identity::Ids;
 use crate::pause::Gate;
 use crate::{Identity, MissingId, Observer, Scope, defaults};
 
@@ -160,6 +161,16 @@ impl DedupLayer {
     #[must_use]
     pub fn with_observer(self, observer: Arc<dyn Observer>) -> Self {
         self.set(|settings| settings.events = Events::new(Some(observer)))
+    }
+
+    /// How this layer finds keys, for whoever looks without claiming.
+    pub(crate) fn ids(&self) -> Ids {
+        let Settings { identity, missing_id, .. } = &self.settings;
+        Ids {
+            identity: identity.clone(),
+            missing: *missing_id,
+            scope: Scope::new(&self.namespace, &self.scope),
+        }
     }
 
     pub(crate) fn with_gate(self, gate: Gate) -> Self {

@@ -54,6 +54,7 @@ pub use self::layer::{DedupLayer, SharedStore, StorePolicy};
 use self::protocol::Run;
 pub use self::protocol::{Before, Fence, Release};
 pub use self::service::Dedup;
+pub(crate) use self::service::digest;
 #[cfg(feature = "nats")]
 pub use self::store::NatsKvStore;
 pub use self::store::{

@@ -276,7 +276,7 @@ impl Door {
 
     /// With or without a claim: a handler that always defers must come to an end.
     fn expired(&self, message: &Message) -> Option<Failure> {
-        let since = message.timestamp().max(message.due());
+        let since = message.timestamp().max(message.due()).max(message.redriven_at());
         let age = since.and_then(|sent| SystemTime::now().duration_since(sent).ok());
         let expired = self.settings.max_age.is_some_and(|max| age.is_some_and(|age| age > max));
         expired
@@ -399,7 +399,8 @@ fn known_digest(message: &Message) -> Digest {
     message.identified().and_then(|found| found.digest).unwrap_or_else(|| digest(message))
 }
 
-fn digest(message: &Message) -> Digest {
+/// By which bodies are compared.
+pub(crate) fn digest(message: &Message) -> Digest {
     let hash = blake3::hash(message.payload());
     let mut bits = [0; 16];
     bits.copy_from_slice(&hash.as_bytes()[..16]);

@@ -78,15 +78,18 @@ impl FaultyStore {
         self.shared.calls.load(Ordering::SeqCst)
     }
 
+    fn up(&self) -> Result<(), StoreError> {
+        let down = self.shared.down.load(Ordering::SeqCst);
+        if down { Err(StoreError::new("the store is down")) } else { Ok(()) }
+    }
+
     async fn call<T>(
         &self,
         call: impl Future<Output = Result<T, StoreError>> + Send,
     ) -> Result<T, StoreError> {
         self.shared.calls.fetch_add(1, Ordering::SeqCst);
         let next = self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        if self.shared.down.load(Ordering::SeqCst) {
-            return Err(StoreError::new("the store is down"));
-        }
+        self.up()?;
         match next.flatten() {
             None => call.await,
             Some(Fault::BeforeEffect) => Err(StoreError::new("the call was lost")),
@@ -125,10 +128,13 @@ impl DedupStore for FaultyStore {
     }
 
     async fn inspect(&self, key: &DedupKey) -> Result<Option<Record>, StoreError> {
+        // An operator's calls are not counted among a delivery's.
+        self.up()?;
         self.inner.inspect(key).await
     }
 
     async fn forget(&self, key: &DedupKey) -> Result<bool, StoreError> {
+        self.up()?;
         self.inner.forget(key).await
     }
 

@@ -1,5 +1,7 @@
 //! All integration tests in one crate: the clients are linked once.
 
+#[cfg(feature = "testing")]
+mod admin;
 #[cfg(all(feature = "amqp", feature = "testing"))]
 mod amqp_broker;
 #[cfg(feature = "testing")]

@@ -301,3 +301,21 @@ fn a_transports_id_that_nobody_looked_for_does_not_become_the_id_of_its_copies()
     assert_eq!(copy.logical_id(), Some(&id));
     assert_eq!(copy.transport_id(), message.transport_id());
 }
+
+/// Held, released or parked again, a redriven message is as young as its redrive made it.
+#[test]
+fn the_time_of_a_redrive_stays_on_every_copy_until_the_next_one() {
+    let original = Message::builder("{}").transport_id("order-1").build();
+    assert_eq!(original.redriven_at(), None);
+    let redriven = come_back(&original, &Copy::redrive(&original, "a letter", 1));
+    let at = redriven.redriven_at().expect("a redrive says when");
+    assert!(SystemTime::now().duration_since(at).is_ok_and(|ago| ago < Duration::from_secs(60)));
+    assert_eq!((redriven.generation(), redriven.attempt()), (1, 1));
+    let record = DeadLetter::new(&redriven, crate::Cause::Exhausted, "no");
+    for copy in [Copy::hold(&redriven), Copy::release(&redriven), Copy::dead_letter(&redriven, &record)] {
+        assert_eq!(come_back(&redriven, &copy).redriven_at(), Some(at), "{copy:?}");
+    }
+    let earlier = Message::builder("{}").header(REDRIVEN_AT, "1000").build();
+    let again = come_back(&earlier, &Copy::redrive(&earlier, "a letter", 2));
+    assert!(again.redriven_at() >= Some(at), "the last redrive counts");
+}
