@@ -7,6 +7,8 @@ mod delays;
 #[cfg(feature = "nats")]
 mod nats;
 mod proxy;
+#[cfg(all(feature = "amqp", feature = "nats"))]
+mod redrive;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
