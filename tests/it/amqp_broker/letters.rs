@@ -91,8 +91,8 @@ fn all() -> Vec<usize> {
     (0..COUNT).collect()
 }
 
-/// More than a quorum queue's client takes at once, and than one consumer of a walk hands out.
-const MANY: usize = 1500;
+/// By more consumers than a quorum queue's client takes returns of at once: 32.
+const MANY: usize = 3000;
 
 async fn counted(rabbit: &Rabbit, queue: &str) -> usize {
     let mut counted = 0;
