@@ -29,6 +29,7 @@
 //! | `guestlist-truncated` | the body is cut: how many bytes it had | what is made of a cut one |
 //! | `guestlist-body-hash` | the body is cut: BLAKE3 of the whole, in hex | the same |
 //! | `guestlist-headers-dropped` | the message's headers are left out: how many there were | the same |
+//! | `guestlist-copy-id` | AMQP: the copy's own id, by which a letter is named; on NATS it is `Nats-Msg-Id` | hold, redriven |
 //! | `guestlist-orig-system` | `rabbitmq`, `nats` or `memory` | hold, redriven |
 //! | `guestlist-orig-queue` | the queue, or the durable, encoded | hold, redriven |
 //! | `guestlist-orig-exchange` | AMQP: the exchange it was published to, encoded | hold, redriven |
@@ -109,6 +110,8 @@ pub const TIMESTAMP: &str = "guestlist-orig-timestamp";
 pub const HOLD: &str = "guestlist-hold";
 /// The original's transport id, since the copy may have one of its own. Empty: it had none.
 pub const TRANSPORT_ID: &str = "guestlist-orig-id";
+/// AMQP: the copy's own id, since its transport id is the original's.
+pub const COPY_ID: &str = "guestlist-copy-id";
 /// A header that the broker acts on, moved aside: this, then its name.
 pub const MOVED_HEADER: &str = "guestlist-orig-h-";
 /// A property that the broker acts on, moved aside: this, then its name.

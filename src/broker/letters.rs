@@ -15,7 +15,7 @@ use crate::Message;
 ///    comes back is not met again.
 /// 2. It takes nothing out. What is not [removed](Self::remove) is there after [`close`](Self::close), after a drop and
 ///    after the death of the process, and keeps its place where the broker can.
-/// 3. It holds one letter at a time in memory, however many there are.
+/// 3. It holds few letters in memory (one; RabbitMQ: up to 64), however many there are.
 #[async_trait]
 pub trait Letters: Send {
     /// The next letter; `None`: there are no more.

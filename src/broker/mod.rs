@@ -2,7 +2,7 @@
 //!
 //! Three implementations have the same files: `connect` (the client and its options), `topology`
 //! (declare or check), `source` (frames become deliveries), `settle` (dispositions become
-//! frames), `publish` (copies, confirmed and routed).
+//! frames), `publish` (copies, confirmed and routed), `letters` (walks over dead letters).
 //! [`testing::broker_contract`](crate::testing) holds a fourth to the same promises.
 
 #[cfg(feature = "amqp")]

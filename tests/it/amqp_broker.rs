@@ -3,6 +3,7 @@
 mod contract;
 mod copies;
 mod endings;
+mod letters;
 mod proxy;
 mod rabbit;
 mod settling;

@@ -2,6 +2,7 @@
 //! kill, freeze and lock down. `./scripts/test` sets all that is needed.
 
 mod again;
+mod letters;
 
 use std::future::poll_fn;
 use std::io::{Read as _, Write as _};
@@ -1222,7 +1223,7 @@ async fn the_permissions_in_the_docs_are_enough() {
              \"$JS.API.STREAM.NAMES\", \"$JS.API.STREAM.INFO.{dead_name}\", \"$JS.API.STREAM.MSG.GET.{dead_name}\", \
              \"$JS.API.STREAM.INFO.{own}\", \"$JS.API.CONSUMER.INFO.{own}.{name}\", \"$JS.API.CONSUMER.MSG.NEXT.{own}.{name}\", \
              \"$JS.ACK.{own}.{name}.>\", \"$JS.API.STREAM.MSG.GET.{own}\", \"guestlist.again.{name}.{name}\", \
-             \"guestlist.hold.{name}.{name}.*\" {create} ], \
+             \"guestlist.hold.{name}.{name}.*\", \"$JS.API.STREAM.MSG.DELETE.{dead_name}\" {create} ], \
              subscribe: [ \"_MINE.>\" ]"
         )
     };
@@ -1262,6 +1263,10 @@ async fn the_permissions_in_the_docs_are_enough() {
     until("the copy's ack is permitted", || async { stored(&js, &own).await == 0 }).await;
     let facts = nats.facts(&check).await.expect("what is checked may be asked for");
     assert!(facts.ack_wait.is_some() && facts.max_ack_pending.is_some(), "{facts:?}");
+    let mut walk = nats.letters(&dead(&spec)).await.expect("a walk is permitted");
+    let letter = walk.next().await.expect("permitted").expect("the letter");
+    walk.remove(letter.place).await.expect("a removal is permitted");
+    assert_eq!(stored(&js, dead(&spec).name()).await, 0);
 
     let short = Duration::from_millis(300);
     let url = server.url().replace("://", "://user:x@");

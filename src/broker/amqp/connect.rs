@@ -18,7 +18,8 @@ use crate::broker::{BrokerError, BrokerErrorKind};
 /// A RabbitMQ broker, or another that speaks AMQP 0-9-1.
 ///
 /// It holds two connections: a publisher that the broker blocks (memory or disk alarm) must not
-/// hold up acks. Each is made again by the next call that needs it when it is dead.
+/// hold up acks. A third is made when dead letters are first looked at: one of them that the client cannot read ends
+/// the connection it came by. Each is made again by the next call that needs it when it is dead.
 ///
 /// See the [module docs](super) for what it promises and an example.
 ///
@@ -30,6 +31,7 @@ pub struct Amqp {
     pub(super) target: Arc<Target>,
     pub(super) consuming: Arc<Link>,
     pub(super) publisher: Arc<Publisher>,
+    pub(super) letters: Arc<Link>,
 }
 
 impl Amqp {
@@ -129,8 +131,9 @@ impl ConnectOptions {
         let target = Arc::new(Target::new(parse(url)?, self));
         let consuming = Arc::new(Link::new("consuming", Arc::clone(&target)));
         let publishing = Link::new("publishing", Arc::clone(&target));
+        let letters = Arc::new(Link::new("letters", Arc::clone(&target)));
         consuming.connected().await?;
-        Ok(Amqp { target, consuming, publisher: Arc::new(Publisher::new(publishing)) })
+        Ok(Amqp { target, consuming, publisher: Arc::new(Publisher::new(publishing)), letters })
     }
 }
 

@@ -42,6 +42,31 @@
 //!
 //! If the copy fails, the delivery is given back a second later, and the error returned.
 //!
+//! # Reading dead letters
+//!
+//! AMQP shows a message only by handing it out. A [walk](crate::broker::Broker::letters) takes the letters in hand without
+//! an ack, up to 64 ahead of those it shows, and gives back at its end all that was not removed. So:
+//!
+//! * What a walk has in hand is hidden from others meanwhile, and what others have in hand from the walk. Two walks at
+//!   once share the letters. A walk shows as many letters as were ready when it began; if others read the queue at the
+//!   same time, newer ones can be among them.
+//! * A classic queue puts each letter back into its place. A quorum queue may put what a walk gives back behind what it
+//!   did not show. Quorum queues of RabbitMQ 4 hand out high priorities first; so a letter that comes back with one can be
+//!   shown again, in place of another.
+//! * RabbitMQ 4.3 counts no delivery for a letter that was given back, but one for each that the end of a connection or
+//!   of the process leaves in hand; RabbitMQ 3 and 4.0 to 4.2 count each walk on a quorum queue. At the queue's delivery
+//!   limit, on RabbitMQ 4 by default 20, the letter is gone. Queues made by
+//!   [`Declare::Create`](crate::broker::Declare::Create) have none to speak of; give one of your own a high limit. A walk
+//!   that is dropped gives back by a task of its own, which takes a moment: close walks before the process ends.
+//! * A walk holds its letters for as long as it takes. After 30 minutes (`consumer_timeout`) the broker takes them back and
+//!   the walk ends with an error; RabbitMQ 4.3 does so on quorum queues only.
+//! * A removal is an ack. AMQP confirms none; `Ok` means that the queue has answered a question that was sent after it. A
+//!   broker that dies in that moment may show the letter once more: its copy has the same id and generation, and dedup
+//!   skips it.
+//! * A letter that lapin cannot read ends the walk, and hides those behind it: take it out by another client. It does so
+//!   on a connection that only walks use.
+//! * A stream queue is refused.
+//!
 //! # Limits
 //!
 //! * A queue that was declared elsewhere may have a delivery limit, on RabbitMQ 4 by default one of
@@ -68,6 +93,7 @@
 //! | consuming | | | the queue |
 //! | delays | `<queue>.hold.*` | `amq.default` | `<queue>.hold.*` |
 //! | dead letters | | `amq.default`, the dead-letter queue | |
+//! | reading them, removing them | | | the dead-letter queue |
 //! | [`Declare::Create`](crate::broker::Declare::Create) | the queue, the dead-letter queue | | |
 //!
 //! Since 4.2.6 RabbitMQ says whether a queue is there only to a user with some permission on it: that is what the one on the
@@ -86,6 +112,7 @@
 
 mod connect;
 mod holds;
+mod letters;
 mod publish;
 mod settle;
 mod source;
@@ -97,7 +124,9 @@ pub use lapin;
 
 pub use self::connect::{Amqp, ConnectOptions};
 pub use self::split::split;
-use super::{Broker, BrokerError, Copy, Destination, Facts, Features, HoldSteps, QueueSpec, Subscription};
+use super::{
+    Broker, BrokerError, Copy, Destination, Facts, Features, HoldSteps, Letters, QueueSpec, Subscription,
+};
 use crate::defaults;
 
 /// RabbitMQ's own default of `consumer_timeout`, since 3.8.17. AMQP cannot read it, nor a queue's `x-consumer-timeout`.
@@ -115,7 +144,7 @@ impl Broker for Amqp {
     /// The delay step is that of a queue with the defaults. Whether deliveries are counted depends
     /// on the queue, so they are not.
     fn features(&self) -> Features {
-        Features { delay_step: defaults::HOLD_SHORTEST, ..Features::new() }
+        Features { delay_step: defaults::HOLD_SHORTEST, shows_letters: true, ..Features::new() }
     }
 
     /// `amqp:{vhost}/{queue}`. Slashes in a vhost's name, but for that of the default one, are
@@ -150,7 +179,12 @@ impl Broker for Amqp {
         self.publisher.publish(to.name(), copy, defaults::CONFIRM).await
     }
 
+    async fn letters(&self, at: &Destination) -> Result<Box<dyn Letters>, BrokerError> {
+        Ok(Box::new(letters::begin(&self.letters, at).await?))
+    }
+
     async fn close(&self) {
+        self.letters.close().await;
         self.consuming.close().await;
         self.publisher.close().await;
     }

@@ -180,6 +180,7 @@ fn properties(copy: &Copy<'_>) -> BasicProperties {
         None => of_foreign(copy),
     };
     let mut headers = headers;
+    put(&mut headers, copy::COPY_ID, AMQPValue::LongString(copy.id().into()));
     for (name, value) in copy.headers().into_iter().chain(copy.moved(moved)) {
         put(&mut headers, &name, AMQPValue::LongString(value.into()));
     }

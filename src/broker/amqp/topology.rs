@@ -166,7 +166,7 @@ fn described(kind: QueueKind) -> String {
     }
 }
 
-async fn exists(link: &Link, name: &ShortString) -> Result<bool, BrokerError> {
+pub(super) async fn exists(link: &Link, name: &ShortString) -> Result<bool, BrokerError> {
     match declare(link, name, PASSIVE, FieldTable::default()).await? {
         Ok(()) => Ok(true),
         Err(error) if is_missing(&error) => Ok(false),
@@ -197,7 +197,7 @@ const DURABLE: QueueDeclareOptions = QueueDeclareOptions {
     auto_delete: false,
     nowait: false,
 };
-const PASSIVE: QueueDeclareOptions = QueueDeclareOptions { passive: true, ..DURABLE };
+pub(super) const PASSIVE: QueueDeclareOptions = QueueDeclareOptions { passive: true, ..DURABLE };
 
 /// The inner result is the broker's answer; the outer one says that it could not be asked.
 async fn declare(

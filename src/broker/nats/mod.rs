@@ -23,6 +23,17 @@
 //! 9. Credentials are in no `Debug`, error or log of ours, and not in the URLs that the client
 //!    logs. (The client's own `TRACE` level does print what it sends to log in.)
 //!
+//! # Reading dead letters
+//!
+//! A [walk](super::Broker::letters) asks the stream for one message of the subject after the other (`STREAM.MSG.GET`), up
+//! to the last one that was there when it began. It makes no consumer and changes nothing; walks and readers do not see
+//! one another. A removal deletes the message from the stream. Know that
+//!
+//! * `deny_delete` on the stream refuses removals, and cannot be taken back.
+//! * The leader of a replicated stream that has lost its office and does not know it yet may answer once more, and show a
+//!   letter that is gone: if it is redriven, its copy has the same id and generation, and dedup skips it.
+//! * Headers that the client cannot read are shown as they are, lines that are none are left out; they hide no other letter.
+//!
 //! # Limits
 //!
 //! * An ack is not waited for. A lost one is a redelivery, which dedup skips;
@@ -83,6 +94,7 @@
 //! |---|---|
 //! | publish | `$JS.API.STREAM.INFO.S`, `$JS.API.CONSUMER.INFO.S.D`, `$JS.API.CONSUMER.MSG.NEXT.S.D`, `$JS.ACK.S.D.>` |
 //! | publish, dead letters | `dead`, `$JS.API.STREAM.NAMES`, `$JS.API.STREAM.INFO.X`, `$JS.API.STREAM.MSG.GET.X` |
+//! | publish, to read dead letters, to remove them | `$JS.API.STREAM.NAMES`, `$JS.API.STREAM.INFO.X`, `$JS.API.STREAM.MSG.GET.X`; `$JS.API.STREAM.MSG.DELETE.X` |
 //! | publish, to make what is missing | `$JS.API.STREAM.CREATE.S`, `$JS.API.CONSUMER.CREATE.S.D.>`, `$JS.API.STREAM.CREATE.X` |
 //! | publish, for the stream of our own, `O` | `$JS.API.STREAM.INFO.O`, `$JS.API.CONSUMER.INFO.O.D`, `$JS.API.CONSUMER.MSG.NEXT.O.D`, `$JS.ACK.O.D.>`, `guestlist.again.S.D`, `guestlist.hold.S.D.*`, `$JS.API.STREAM.MSG.GET.O` |
 //! | publish, to make it, and change it when the server or `S` has | `$JS.API.STREAM.CREATE.O`, `$JS.API.STREAM.UPDATE.O`, `$JS.API.CONSUMER.CREATE.O.D.>` |
@@ -124,6 +136,7 @@ mod again;
 mod both;
 mod connect;
 mod holds;
+mod letters;
 mod publish;
 mod settle;
 mod source;
@@ -136,7 +149,7 @@ pub(crate) use self::connect::Link;
 pub use self::connect::{CONNECT_TIMEOUT, Nats, NatsOptionsBuilder, PING_INTERVAL};
 pub use self::source::split;
 pub use self::topology::MAX_ACK_PENDING;
-use super::{Broker, BrokerError, Copy, Destination, Facts, Features, QueueSpec, Subscription};
+use super::{Broker, BrokerError, Copy, Destination, Facts, Features, Letters, QueueSpec, Subscription};
 use crate::defaults;
 
 const SYSTEM: &str = "nats";
@@ -149,7 +162,12 @@ impl Broker for Nats {
     }
 
     fn features(&self) -> Features {
-        Features { ack_deadline: Some(defaults::LEASE), counts_deliveries: true, ..Features::new() }
+        Features {
+            ack_deadline: Some(defaults::LEASE),
+            counts_deliveries: true,
+            shows_letters: true,
+            ..Features::new()
+        }
     }
 
     fn default_scope(&self, queue: &QueueSpec) -> String {
@@ -194,6 +212,10 @@ impl Broker for Nats {
 
     fn again(&self, queue: &QueueSpec) -> Destination {
         again::destination(queue)
+    }
+
+    async fn letters(&self, at: &Destination) -> Result<Box<dyn Letters>, BrokerError> {
+        Ok(Box::new(letters::begin(&self.link().await?, self.confirm(), at).await?))
     }
 
     async fn close(&self) {

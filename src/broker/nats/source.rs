@@ -521,36 +521,34 @@ fn read_frame(frame: async_nats::Message, queue: Option<&str>, ours: bool) -> Op
 }
 
 /// All headers, the id and the content type.
-fn with_headers(mut message: MessageBuilder, headers: Option<&HeaderMap>) -> MessageBuilder {
-    let Some(headers) = headers else { return message };
-    // On a copy of ours these are the copy's own (its id for the duplicate window, the stream it was for, its
-    // schedule); the original's are among those that were moved aside.
-    let is_copy = headers.get(copy::ATTEMPT).is_some();
-    for (name, values) in headers.iter() {
-        if is_copy && acted_on(AsRef::<str>::as_ref(name)) {
-            continue;
-        }
-        for value in values {
-            let value = Bytes::copy_from_slice(value.as_str().as_bytes());
-            message = message.header(AsRef::<str>::as_ref(name), value);
-        }
-    }
-    // The client has a name of its own for this header: a comparison as text finds nothing.
-    if let Some(id) = headers.get(header::NATS_MESSAGE_ID).filter(|_| !is_copy) {
-        message = message.transport_id(id.as_str().to_owned());
-    }
-    match content_type(headers) {
-        Some(value) => message.content_type(value),
-        None => message,
-    }
+fn with_headers(message: MessageBuilder, headers: Option<&HeaderMap>) -> MessageBuilder {
+    let all = headers.into_iter().flat_map(HeaderMap::iter);
+    let fields = all.flat_map(|(name, values)| {
+        values.iter().map(|value| (AsRef::<str>::as_ref(name), value.as_str().as_bytes()))
+    });
+    with_fields(message, &fields)
 }
 
-fn content_type(headers: &HeaderMap) -> Option<&str> {
-    let is = |name: &str| name.eq_ignore_ascii_case(super::CONTENT_TYPE);
-    headers
-        .iter()
-        .find(|(name, _)| is((*name).as_ref()))
-        .and_then(|(_, values)| Some(values.first()?.as_str()))
+/// The same for names and values that the client did not read.
+pub(super) fn with_fields<'a>(
+    mut message: MessageBuilder,
+    fields: &(impl Iterator<Item = (&'a str, &'a [u8])> + Clone),
+) -> MessageBuilder {
+    // On a copy of ours these are the copy's own (its id for the duplicate window, the stream it was for, its
+    // schedule); the original's are among those that were moved aside.
+    let is_copy = fields.clone().any(|(name, _)| name == copy::ATTEMPT);
+    let is_id = |name: &str| name == AsRef::<str>::as_ref(&header::NATS_MESSAGE_ID);
+    for (name, value) in fields.clone().filter(|(name, _)| !(is_copy && acted_on(name))) {
+        message = message.header(name, Bytes::copy_from_slice(value));
+    }
+    if let Some((_, id)) = fields.clone().find(|(name, _)| is_id(name) && !is_copy) {
+        message = message.transport_id(id.to_vec());
+    }
+    let is_type = |name: &str| name.eq_ignore_ascii_case(super::CONTENT_TYPE);
+    match fields.clone().find(|(name, _)| is_type(name)).map(|(_, value)| std::str::from_utf8(value)) {
+        Some(Ok(value)) => message.content_type(value),
+        _ => message,
+    }
 }
 
 /// What a delivery's reply subject says of it.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use async_nats::client;
 use async_nats::jetstream::consumer::{self, AckPolicy, Info, PriorityPolicy, pull};
 use async_nats::jetstream::context::{
     ConsumerInfoErrorKind, CreateStreamErrorKind, GetStreamByNameErrorKind, GetStreamErrorKind, RequestError,
@@ -138,8 +139,12 @@ async fn find_or_make_stream(
 }
 
 pub(super) async fn stream_config(link: &Link, stream: &str) -> Result<Option<stream::Config>, BrokerError> {
+    Ok(stream_info(link, stream).await?.map(|info| info.config))
+}
+
+pub(super) async fn stream_info(link: &Link, stream: &str) -> Result<Option<stream::Info>, BrokerError> {
     match link.jetstream.get_stream(stream).await {
-        Ok(found) => Ok(Some(found.cached_info().config.clone())),
+        Ok(found) => Ok(Some(found.cached_info().clone())),
         Err(error) => match error.kind() {
             GetStreamErrorKind::JetStream(said) if said.error_code() == ErrorCode::STREAM_NOT_FOUND => {
                 Ok(None)
@@ -391,7 +396,7 @@ pub(super) async fn dead_letters(link: &Link, spec: &QueueSpec) -> Result<(), Br
     }
 }
 
-async fn stream_keeping(link: &Link, subject: &str) -> Result<Option<String>, BrokerError> {
+pub(super) async fn stream_keeping(link: &Link, subject: &str) -> Result<Option<String>, BrokerError> {
     match link.jetstream.stream_by_subject(subject).await {
         Ok(stream) => Ok(Some(stream)),
         Err(error) => match error.kind() {
@@ -461,7 +466,7 @@ pub(super) fn refused(what: impl Into<String>) -> BrokerError {
 }
 
 /// The server answered, and the answer is no. It says 503 while a cluster has no leader.
-fn said_no(act: &str, error: jetstream::Error) -> BrokerError {
+pub(super) fn said_no(act: &str, error: jetstream::Error) -> BrokerError {
     let kind = if error.code() == 503 { BrokerErrorKind::Unreachable } else { BrokerErrorKind::Refused };
     BrokerError::new(kind, format!("JetStream refuses to {act}")).with_source(error)
 }
@@ -469,10 +474,13 @@ fn said_no(act: &str, error: jetstream::Error) -> BrokerError {
 /// The server answers nothing to a question that a user may not ask, so the permission it may lack is named.
 pub(super) fn no_answer(act: &str, api: &str, error: impl Into<crate::BoxError>) -> BrokerError {
     let error = error.into();
+    if let Some(said) = error_chain(&*error).find_map(|error| error.downcast_ref::<jetstream::Error>()) {
+        return said_no(act, said.clone());
+    }
     let nobody = error_chain(&*error).any(|error| {
-        error
-            .downcast_ref::<RequestError>()
-            .is_some_and(|error| error.kind() == RequestErrorKind::NoResponders)
+        let asked = error.downcast_ref::<RequestError>().map(RequestError::kind);
+        let sent = error.downcast_ref::<client::RequestError>().map(client::RequestError::kind);
+        asked == Some(RequestErrorKind::NoResponders) || sent == Some(client::RequestErrorKind::NoResponders)
     });
     let hint = if nobody {
         "JetStream is not enabled for this account".to_owned()

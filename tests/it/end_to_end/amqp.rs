@@ -55,6 +55,22 @@ impl Stranger {
         self.channel.queue_declare(queue.into(), options, arguments).await.unwrap();
     }
 
+    /// A new exchange that feeds these queues.
+    pub(super) async fn fanout(&self, queues: &[&str]) -> String {
+        let exchange = unique("exchange");
+        let options = ExchangeDeclareOptions { auto_delete: true, ..ExchangeDeclareOptions::default() };
+        let name = || ShortString::from(exchange.as_str());
+        let made =
+            self.channel.exchange_declare(name(), ExchangeKind::Fanout, options, FieldTable::default());
+        made.await.unwrap();
+        for queue in queues {
+            let (options, arguments) = (QueueBindOptions::default(), FieldTable::default());
+            let bind = self.channel.queue_bind((*queue).into(), name(), "".into(), options, arguments);
+            bind.await.unwrap();
+        }
+        exchange
+    }
+
     async fn delete(&self, queue: &str) {
         self.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
     }
@@ -67,7 +83,7 @@ impl Stranger {
         assert!(confirm.is_ack(), "not confirmed");
     }
 
-    async fn send(&self, queue: &str, id: &str) {
+    pub(super) async fn send(&self, queue: &str, id: &str) {
         let properties = BasicProperties::default().with_message_id(id.into()).with_delivery_mode(2);
         self.publish("", queue, &body(id), properties).await;
     }
@@ -290,27 +306,11 @@ async fn f8_connections_closed_by_the_broker_lose_nothing_and_repeat_nothing_tha
 #[tokio::test]
 async fn a_message_by_an_exchange_comes_back_to_its_queue_alone() {
     let (stranger, ledger) = (Stranger::new().await, Ledger::default());
-    let (name, other, exchange) = (unique("mine"), unique("other"), unique("exchange"));
+    let (name, other) = (unique("mine"), unique("other"));
     for queue in [&name, &other] {
         stranger.declare(queue, "quorum").await;
     }
-    let durable = ExchangeDeclareOptions { auto_delete: true, ..ExchangeDeclareOptions::default() };
-    let fanout = ExchangeKind::Fanout;
-    stranger
-        .channel
-        .exchange_declare(exchange.as_str().into(), fanout, durable, FieldTable::default())
-        .await
-        .unwrap();
-    for queue in [&name, &other] {
-        let bind = stranger.channel.queue_bind(
-            queue.as_str().into(),
-            exchange.as_str().into(),
-            "".into(),
-            QueueBindOptions::default(),
-            FieldTable::default(),
-        );
-        bind.await.unwrap();
-    }
+    let exchange = stranger.fanout(&[&name, &other]).await;
     let handler = third_time_lucky(&ledger);
     let running = Running::start(&url(), queue(&name).handler(handler), &name).await;
     let properties = BasicProperties::default().with_message_id("one".into());

@@ -13,6 +13,8 @@ mod nats;
 mod proxy;
 #[cfg(feature = "testing")]
 mod records;
+#[cfg(all(feature = "amqp", feature = "nats"))]
+mod redrive;
 #[cfg(all(feature = "amqp", feature = "nats", feature = "testing"))]
 mod retries;
 

@@ -33,7 +33,7 @@ impl Stranger {
         Self(jetstream::new(async_nats::connect(url).await.unwrap()))
     }
 
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         Self::at(&url()).await
     }
 
@@ -69,13 +69,13 @@ impl Stranger {
         stranger
     }
 
-    async fn send(&self, subject: &str, id: &str) {
+    pub(super) async fn send(&self, subject: &str, id: &str) {
         let message = PublishMessage::build().message_id(id).payload(body(id).into());
         self.0.send_publish(subject.to_owned(), message).await.unwrap().await.unwrap();
     }
 
     /// How many messages the stream keeps.
-    async fn kept(&self, stream: &str) -> u64 {
+    pub(super) async fn kept(&self, stream: &str) -> u64 {
         self.0.get_stream(stream).await.unwrap().cached_info().state.messages
     }
 }
