@@ -319,12 +319,12 @@ impl<'a> Copy<'a> {
     pub fn moved(&self, now: impl IntoIterator<Item = (String, Bytes)>) -> Vec<(String, String)> {
         let earlier = self.message.copy_marks().moved.iter().cloned();
         let mut seen = HashSet::new();
-        let all = earlier.chain(now).filter_map(|(name, value)| self.aside(name, &value));
+        let all = earlier.chain(now).filter_map(|(name, value)| self.aside(&name, &value));
         all.filter(|entry| seen.insert(entry.clone())).collect()
     }
 
     /// What is left of a header or property that travels aside.
-    fn aside(&self, name: String, value: &[u8]) -> Option<(String, String)> {
+    fn aside(&self, name: &str, value: &[u8]) -> Option<(String, String)> {
         let field = match name.strip_prefix(MOVED_HEADER) {
             Some(header) => Field::Header(header),
             None => Field::Property(name.strip_prefix(MOVED_PROPERTY)?),
@@ -336,7 +336,7 @@ impl<'a> Copy<'a> {
         };
         let encoded = match field {
             Field::Header(header) => format!("{MOVED_HEADER}{}", encode_name(header)),
-            _ => name.clone(),
+            _ => name.to_owned(),
         };
         match kept {
             Redact::Keep => Some((encoded, encode(value))),

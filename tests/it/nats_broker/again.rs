@@ -237,6 +237,23 @@ async fn f10_a_copy_whose_original_was_not_acked_leads_to_one_run() {
 
 // ---------------------------------------------------------------- to this durable, and to nobody else
 
+/// A server of 2.9 looks for the text `Nats-Msg-Id` in all headers, in an order that the client does not keep.
+#[tokio::test]
+async fn a_copy_published_twice_is_kept_once_whatever_its_original_was_called() {
+    let (nats, _, _, js) = ready("twice").await;
+    let spec = patient("twice");
+    nats.prepare(&spec).await.expect("prepared");
+    for number in 0..20 {
+        let name = format!("letter-{number}");
+        let message = Message::builder(name.clone()).header("Nats-Msg-Id", "the original's").build();
+        for _ in 0..2 {
+            let copy = Copy::redrive(&message, &name, 1);
+            nats.publish(&nats.again(&spec), &copy).await.expect("confirmed, also as a duplicate");
+        }
+    }
+    assert_eq!(stored(&js, &own(&spec)).await, 20);
+}
+
 #[tokio::test]
 async fn other_durables_of_the_stream_see_no_copy() {
     let (mut spec, js) = (patient("mine"), stranger().await);
