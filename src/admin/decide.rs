@@ -9,6 +9,8 @@ pub(super) struct Facts {
     pub(super) generation: u32,
     /// Its body or headers were cut, to make it fit.
     pub(super) cut: bool,
+    /// It failed longer ago than a done id is remembered: that nothing is on record tells nothing.
+    pub(super) stale: bool,
     /// Its cause is `id_conflict`: its id is that of another message.
     pub(super) id_conflict: bool,
     /// The record has the digest of another body.
@@ -19,6 +21,7 @@ pub(super) struct Facts {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Wish {
     pub(super) discard_done: bool,
+    pub(super) forgotten: bool,
     pub(super) force: bool,
 }
 
@@ -40,7 +43,8 @@ pub(super) enum Decision {
 /// | on record | what that says | decision |
 /// |---|---|---|
 /// | any, the letter was cut to fit | the handler would be given a part for the whole | leave, `Incomplete` |
-/// | nothing | forgotten or never known: any generation starts afresh | publish, g + 1 |
+/// | nothing, and the letter is younger than the window | had its message been handled since, that would be remembered; any generation starts afresh | publish, g + 1 |
+/// | nothing, and it is older, or of no age | it may have been handled and forgotten: sent again, or by a copy that was redriven before | leave, `Forgotten`; publish, g + 1, if asked to |
 /// | `Parked` | what failed is with the dead letters: this letter, or a later failure of it | publish, r + 1 |
 /// | `Claimed` or `Released`, r > g | a copy that was redriven is at work; it ends as `Done` or as a letter of its own | leave, `AtWork` |
 /// | `Claimed` or `Released`, r ≤ g | whoever made this letter was killed before it could say so (F11), or is about to; where the claim still lives, the copy waits for its end, as any copy does | publish, r + 1 |
@@ -52,12 +56,13 @@ pub(super) enum Decision {
 ///
 /// Only r + 1 starts afresh on a record, so the letter's own generation does not count where there is one.
 pub(super) fn decide(letter: Facts, record: Option<&Record>, wish: Wish) -> Decision {
-    let Facts { generation, cut, id_conflict, other_body } = letter;
+    let Facts { generation, cut, stale, id_conflict, other_body } = letter;
     if cut && !wish.force {
         return Decision::Leave(Fate::Incomplete);
     }
     let Some(record) = record else {
-        return Decision::Publish(after(generation));
+        let untold = stale && !wish.forgotten && !wish.force;
+        return if untold { Decision::Leave(Fate::Forgotten) } else { Decision::Publish(after(generation)) };
     };
     if wish.force {
         return Decision::ForgetAndPublish(after(record.generation.max(generation)));
@@ -112,7 +117,7 @@ mod tests {
     }
 
     fn letter(generation: u32) -> Facts {
-        Facts { generation, cut: false, id_conflict: false, other_body: false }
+        Facts { generation, cut: false, stale: false, id_conflict: false, other_body: false }
     }
 
     /// By default.
@@ -126,6 +131,18 @@ mod tests {
         assert_eq!(decide(letter(7), None, Wish::default()), Decision::Publish(8));
         let forced = Wish { force: true, ..Wish::default() };
         assert_eq!(decide(letter(7), None, forced), Decision::Publish(8), "there is nothing to forget");
+    }
+
+    #[test]
+    fn without_a_record_an_old_letter_may_have_been_handled_and_forgotten() {
+        let old = Facts { stale: true, ..letter(1) };
+        assert_eq!(decide(old, None, Wish::default()), Decision::Leave(Fate::Forgotten));
+        let all = Wish { discard_done: true, ..Wish::default() };
+        assert_eq!(decide(old, None, all), Decision::Leave(Fate::Forgotten));
+        for wish in [Wish { forgotten: true, ..all }, Wish { force: true, ..all }] {
+            assert_eq!(decide(old, None, wish), Decision::Publish(2));
+        }
+        assert_eq!(decide(old, Some(&record(State::Parked, 1)), all), Decision::Publish(2), "it is known");
     }
 
     #[test]
@@ -234,7 +251,7 @@ mod tests {
         #[test]
         fn what_is_published_runs(state in states(), r in 0..9_u32, g in 0..9_u32, known: bool, force: bool, discard_done: bool) {
             let on_record = known.then(|| record(state, r));
-            let (kept, generation) = match decide(letter(g), on_record.as_ref(), Wish { discard_done, force }) {
+            let (kept, generation) = match decide(letter(g), on_record.as_ref(), Wish { discard_done, force, forgotten: false }) {
                 Decision::Publish(generation) => (on_record, generation),
                 Decision::ForgetAndPublish(generation) => (None, generation),
                 Decision::Remove(_) | Decision::Leave(_) => return Ok(()),

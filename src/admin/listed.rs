@@ -1,6 +1,7 @@
 //! [`Listed`]: a letter as an operator sees it.
 
 use std::fmt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -66,6 +67,15 @@ impl Listed {
     /// How many times an operator had sent it back to work when it failed.
     pub fn generation(&self) -> u32 {
         self.message().generation()
+    }
+
+    /// How long ago it failed, or was sent at most, by this machine's clock.
+    pub(super) fn age(&self) -> Option<Duration> {
+        let failed = self.record.as_ref().and_then(|record| record.failed_at);
+        let failed = failed.and_then(|at| UNIX_EPOCH.checked_add(Duration::from_secs(at)));
+        let since = failed.or_else(|| self.message().timestamp())?;
+        // In the future: the clocks differ, and it is new.
+        Some(SystemTime::now().duration_since(since).unwrap_or_default())
     }
 
     pub(super) fn place(&self) -> Place {

@@ -7,11 +7,13 @@
 //!
 //! 1. Nothing is lost. A letter is removed only after its copy is confirmed and routed. Killed, dropped or cancelled at
 //!    any point, a redrive can be started again: it repeats at most the one letter that was in flight, and dedup
-//!    drops that copy, or it takes the place of the one before.
+//!    drops that copy, within the window, or it takes the place of the one before.
 //! 2. A redriven message runs as if it were new: attempt 1, no backoff, no suspicion, and a `max_age` that counts from
 //!    the redrive. A copy of it that comes late does not run.
 //! 3. What was handled meanwhile is not run again, and its letter is not thrown away either, unless you say so.
-//!    Each letter's [`Fate`] is reported.
+//!    That is known for the queue's [window](Queue::window); a letter that is older, and of whose id the store knows nothing
+//!    any more, stays as well, unless you [say so](Redrive::also_forgotten). Each letter's [`Fate`] is reported. Of a message
+//!    without an id nothing is known: a redrive that is killed between copy and removal repeats it.
 //! 4. A walk ends: letters that come back meanwhile are not met. One letter is in memory at a time, however many there are.
 //! 5. `Debug`, `Display` and events show no body, no header's value and no message id, only their hashes and lengths.
 //!
@@ -20,7 +22,7 @@
 //! It does not stop the consumers, and needs not: redriven messages arrive while the walk is on. Nor does it mend
 //! what made the messages fail: redrive a few first ([`Redrive::limit`]). Where a letter is known to several operators at
 //! once, one of them may find it gone. And where the consumer keeps its ids in its own memory (no store was named), the
-//! admin of another process cannot ask: letters can be redriven all the same, and the consumer decides about each
+//! admin of another process cannot ask (a folder, `file:`, cannot even be opened beside its consumer; give the admin `memory:` then): letters can be redriven all the same, and the consumer decides about each
 //! copy, but [`Fate::AlreadyDone`] and the like are not seen, and [`inspect`](Admin::inspect), [`forget`](Admin::forget) and
 //! [`force`](Redrive::force) are refused.
 //!
@@ -67,7 +69,7 @@ mod walk;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -93,6 +95,7 @@ pub struct Admin {
     broker: Arc<dyn Broker>,
     spec: QueueSpec,
     ids: Ids,
+    window: Duration,
     /// `None`: in the memory of the consumer's process.
     store: Option<Arc<dyn DedupStore>>,
 }
@@ -126,10 +129,11 @@ impl Admin {
             return Err(Error::admin(ConfigError::NoName));
         }
         let store = from_elsewhere(&config).await?;
+        let window = config.dedup.window;
         let scope = config.scope.unwrap_or_else(|| broker.default_scope(&config.spec));
         // The layer says how it finds keys; of its store nothing is asked.
         let ids = config.dedup.into_layer(Arc::new(MemoryStore::new()), scope).ids();
-        Ok(Self { broker, spec: config.spec, ids, store })
+        Ok(Self { broker, spec: config.spec, ids, window, store })
     }
 
     /// The store for a queue that names none of its own: the one that was given to
@@ -190,7 +194,8 @@ impl Admin {
             self.reachable()?;
         }
         let (broker, store) = (Arc::clone(&self.broker), self.store.clone());
-        let act = Redriver { broker, store, to, wish: how.wish, dry_run: how.dry_run, pace };
+        let window = self.window;
+        let act = Redriver { broker, store, to, window, wish: how.wish, dry_run: how.dry_run, pace };
         self.walk(filter.sparing_others_than(&self.spec.name), how.bounds, act).await
     }
 

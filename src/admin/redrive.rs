@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep_until};
 use super::decide::{Decision, Facts, Wish, decide};
 use super::walk::{Act, Bounds};
 use super::{Fate, Listed, Treated};
-use crate::broker::{Broker, BrokerErrorKind, Copy, Destination, Letters};
+use crate::broker::{Broker, Copy, Destination, Letters};
 use crate::dedup::protocol::Record;
 use crate::dedup::{self, DedupStore};
 use crate::{CancellationToken, Cause, Error};
@@ -75,6 +75,16 @@ impl Redrive {
         self
     }
 
+    /// Sends letters back of whose ids the store knows nothing any more as well, instead of [leaving them](Fate::Forgotten).
+    ///
+    /// What that can repeat: the effects of a message that was sent again and handled, or whose redriven copy was handled
+    /// before a redrive was interrupted, longer ago than the queue's [window](crate::Queue::window).
+    #[must_use]
+    pub fn also_forgotten(mut self) -> Self {
+        self.wish.forgotten = true;
+        self
+    }
+
     /// Sends each letter back whatever is on record for its id, and also if it was [cut](super::Fate::Incomplete): forgets
     /// the record first, then publishes.
     ///
@@ -129,6 +139,8 @@ pub(super) struct Redriver {
     /// `None`: nobody but the consumer's process can ask it.
     pub(super) store: Option<Arc<dyn DedupStore>>,
     pub(super) to: Destination,
+    /// How long the queue remembers what is done.
+    pub(super) window: Duration,
     pub(super) wish: Wish,
     pub(super) dry_run: bool,
     pub(super) pace: Pace,
@@ -151,7 +163,7 @@ impl Act for Redriver {
         letters: &mut dyn Letters,
     ) -> Result<(Treated, Option<Fate>), Error> {
         let record = self.record(&letter).await?;
-        let decision = decide(facts(&letter, record.as_ref()), record.as_ref(), self.wish);
+        let decision = decide(self.facts(&letter, record.as_ref()), record.as_ref(), self.wish);
         let fate =
             if self.dry_run { would(decision) } else { self.carry_out(decision, &letter, letters).await? };
         let generation = match decision {
@@ -180,6 +192,20 @@ impl Redriver {
         found.map_err(|error| {
             Error::of_letter(letter.id(), "was not redriven: its store does not answer", error)
         })
+    }
+
+    fn facts(&self, letter: &Listed, record: Option<&Record>) -> Facts {
+        let cause = letter.record().map(|record| record.cause.as_str());
+        let on_record = record.and_then(|record| record.digest);
+        // Where there is no id, or no store that could be asked, nothing is ever on record.
+        let looked_up = self.store.is_some() && letter.key().is_some();
+        Facts {
+            generation: letter.generation(),
+            cut: letter.record().is_some_and(|record| !record.is_whole()),
+            stale: looked_up && letter.age().is_none_or(|age| age >= self.window),
+            id_conflict: cause == Some(Cause::IdConflict.name()),
+            other_body: on_record.is_some_and(|digest| digest != dedup::digest(letter.message())),
+        }
     }
 
     async fn carry_out(
@@ -216,15 +242,19 @@ impl Redriver {
     }
 
     async fn publish(&mut self, letter: &Listed, generation: u32) -> Result<Fate, Error> {
-        let copy = Copy::redrive(letter.message(), letter.id(), generation);
+        let mut copy = Copy::redrive(letter.message(), letter.id(), generation);
         self.pace.went();
-        match self.broker.publish(&self.to, &copy).await {
-            Ok(()) => Ok(Fate::Redriven),
-            // The next one may be smaller.
-            Err(error) if error.kind() == BrokerErrorKind::TooLarge => Ok(Fate::TooLarge),
-            Err(error) => {
-                let what = format!("was not seen to arrive at `{}`, and stays", self.to.name());
-                Err(Error::of_letter(letter.id(), &what, error))
+        loop {
+            match self.broker.publish(&self.to, &copy).await {
+                Ok(()) => return Ok(Fate::Redriven),
+                // A message that fits is not refused for the history that we add to it.
+                Err(error) if error.is_too_large() && copy.shrink(false, false) => {}
+                // The next one may be smaller.
+                Err(error) if error.is_too_large() => return Ok(Fate::TooLarge),
+                Err(error) => {
+                    let what = format!("was not seen to arrive at `{}`, and stays", self.to.name());
+                    return Err(Error::of_letter(letter.id(), &what, error));
+                }
             }
         }
     }
@@ -236,17 +266,6 @@ impl Redriver {
             cause = letter.cause(), fate = fate.name(), generation, to = self.to.name(),
             "a letter was to be redriven"
         );
-    }
-}
-
-fn facts(letter: &Listed, record: Option<&Record>) -> Facts {
-    let cause = letter.record().map(|record| record.cause.as_str());
-    let on_record = record.and_then(|record| record.digest);
-    Facts {
-        generation: letter.generation(),
-        cut: letter.record().is_some_and(|record| !record.is_whole()),
-        id_conflict: cause == Some(Cause::IdConflict.name()),
-        other_body: on_record.is_some_and(|digest| digest != dedup::digest(letter.message())),
     }
 }
 

@@ -16,6 +16,9 @@ pub enum Fate {
     AlreadyDone,
     /// Its id is done, and it was removed as [asked for](super::Redrive::discard_done).
     DoneDiscarded,
+    /// The store knows nothing of its id, and it failed longer ago than a done id is remembered: whether its message was
+    /// handled meanwhile cannot be told. It stays. See [`Redrive::also_forgotten`](super::Redrive::also_forgotten).
+    Forgotten,
     /// A copy of it that was redriven before is at work: it stays until that one is done or back.
     AtWork,
     /// The store knows its id with another body, of another message: it stays.
@@ -37,6 +40,7 @@ impl Fate {
             Self::Finished => "finished",
             Self::AlreadyDone => "already_done",
             Self::DoneDiscarded => "done_discarded",
+            Self::Forgotten => "forgotten",
             Self::AtWork => "at_work",
             Self::Conflict => "conflict",
             Self::TooLarge => "too_large",
@@ -47,7 +51,15 @@ impl Fate {
 
     /// Whether the letter is still where it was.
     pub const fn stays(self) -> bool {
-        matches!(self, Self::AlreadyDone | Self::AtWork | Self::Conflict | Self::TooLarge | Self::Incomplete)
+        matches!(
+            self,
+            Self::AlreadyDone
+                | Self::Forgotten
+                | Self::AtWork
+                | Self::Conflict
+                | Self::TooLarge
+                | Self::Incomplete
+        )
     }
 }
 
@@ -94,6 +106,8 @@ pub struct Summary {
     pub already_done: u64,
     /// See [`Fate::DoneDiscarded`].
     pub done_discarded: u64,
+    /// See [`Fate::Forgotten`].
+    pub forgotten: u64,
     /// See [`Fate::AtWork`].
     pub at_work: u64,
     /// See [`Fate::Conflict`].
@@ -117,6 +131,7 @@ impl Summary {
             Some(Fate::Finished) => self.finished += 1,
             Some(Fate::AlreadyDone) => self.already_done += 1,
             Some(Fate::DoneDiscarded) => self.done_discarded += 1,
+            Some(Fate::Forgotten) => self.forgotten += 1,
             Some(Fate::AtWork) => self.at_work += 1,
             Some(Fate::Conflict) => self.conflicts += 1,
             Some(Fate::TooLarge) => self.too_large += 1,
@@ -134,6 +149,7 @@ impl fmt::Display for Summary {
             (self.finished, "finished before"),
             (self.already_done, "done already, left"),
             (self.done_discarded, "done already, removed"),
+            (self.forgotten, "forgotten by the store, left"),
             (self.at_work, "at work, left"),
             (self.conflicts, "in conflict, left"),
             (self.too_large, "too large, left"),

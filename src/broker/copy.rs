@@ -376,14 +376,18 @@ fn copy_id(message: &Message, purpose: &str) -> String {
         hash.update(bytes);
     };
     part(purpose.as_bytes());
-    if let Some(found) = message.identified() {
-        part(found.key.as_bytes());
-    } else {
-        part(message.id().map_or(&[], MessageId::as_bytes));
-        part(message.payload());
+    match message.identified() {
+        Some(found) => part(found.key.as_bytes()),
+        None => part(message.id().map_or(&[], MessageId::as_bytes)),
     }
+    // Two messages may have one id, and none of them may pass for a copy of the other.
+    part(message.payload());
     part(&message.generation().to_le_bytes());
     let source = message.source();
+    // Core NATS has nothing by which two deliveries that say the same could be told apart, and never delivers one twice.
+    if source.system == "nats" && source.sequence.is_none() {
+        part(&crate::random::bits().to_le_bytes());
+    }
     for text in [&source.queue, &source.exchange, &source.routing_key, &source.stream] {
         part(text.as_bytes());
     }

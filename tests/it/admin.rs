@@ -508,6 +508,55 @@ async fn a_redriven_id_conflict_makes_no_letter_of_the_first_message_finished() 
     process.stop().await.unwrap();
 }
 
+/// Neither of the two passes for the other, whoever asks by the letter's id.
+#[tokio::test(start_paused = true)]
+async fn two_messages_of_one_id_are_two_letters() {
+    let lab = Lab::new();
+    let process = Bank::default().start_queue(&lab, lab.queue().compare_bodies());
+    lab.send_body("order-1", "100 cents");
+    lab.send_body("order-1", "999 cents");
+    lab.drained().await;
+    process.stop().await.unwrap();
+    let conflict = list(&lab, Filter::new().cause(Cause::IdConflict)).await.remove(0);
+    let admin = admin(&lab).await;
+    assert_eq!(admin.show(conflict.id()).await.unwrap().body(), "999 cents");
+    let one = Filter::new().letter(conflict.id());
+    let discarded = admin.discard(one, Discard::new("a mistake")).await.unwrap().finish().await.unwrap();
+    assert_eq!((discarded.discarded, lab.causes()), (1, vec!["permanent".to_owned()]));
+}
+
+/// A letter of so many seconds ago, as it lies there when the store has forgotten its id.
+fn letter_of(lab: &Lab, seconds_ago: u64) {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let letter = Message::builder("order-1")
+        .header("guestlist-id", "order-1")
+        .header("guestlist-attempt", "5")
+        .header("guestlist-cause", "exhausted")
+        .header("guestlist-failed-at", (now - seconds_ago).to_string());
+    lab.broker.send(DEAD, letter).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_may_have_been_handled_and_forgotten_stays_unless_it_is_asked_for() {
+    let lab = Lab::new();
+    letter_of(&lab, 2 * 3600);
+    for how in [Redrive::new(), Redrive::new().discard_done()] {
+        assert_eq!(fate_of_one(&lab, how).await.fate, Fate::Forgotten);
+        assert_eq!((depth(&lab, DEAD), depth(&lab, ORDERS)), (1, 0));
+    }
+    let treated = fate_of_one(&lab, Redrive::new().also_forgotten()).await;
+    assert_eq!((treated.fate, treated.generation), (Fate::Redriven, Some(1)));
+    assert_eq!((depth(&lab, DEAD), depth(&lab, ORDERS)), (0, 1));
+}
+
+/// Had it been handled since, that would be on record.
+#[tokio::test(start_paused = true)]
+async fn a_letter_that_is_younger_than_the_window_is_redriven_without_a_record() {
+    let lab = Lab::new();
+    letter_of(&lab, 3500);
+    assert_eq!(fate_of_one(&lab, Redrive::new()).await.fate, Fate::Redriven);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_letter_without_an_id_needs_no_store() {
     let lab = Lab::new();
@@ -751,7 +800,8 @@ async fn letters_go_to_another_place_if_one_is_named() {
 #[tokio::test(start_paused = true)]
 async fn a_letter_that_is_too_large_stays_and_holds_up_no_other() {
     let lab = lab_with_letters(3).await;
-    lab.broker.fail_publishes(1, PublishFault::TooLarge);
+    // Also without its history.
+    lab.broker.fail_publishes(2, PublishFault::TooLarge);
     let summary = redrive_all(&lab).await;
     assert_eq!((summary.too_large, summary.redriven, depth(&lab, DEAD)), (1, 2, 1), "{summary}");
 }

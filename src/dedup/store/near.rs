@@ -153,6 +153,8 @@ impl NearCache {
 
     fn note(&self, key: &DedupKey, ask: &Ask, claim: &Claim, sent: Instant, age: u64) {
         match *claim {
+            // Of a higher generation nothing is known: a header is easily forged, and a redriven copy would be taken for done.
+            Claim::Done { .. } if ask.generation > 0 => {}
             Claim::Done { digest } => {
                 let window = ask.retain.min(self.shortest_window());
                 let until = sent + self.max_age.min(window / SHARE_OF_A_WINDOW);
