@@ -80,7 +80,9 @@
 //! If it is there in a shape in which copies would be lost, the queue is refused, with the reasons. If the server does not
 //! allow it (permissions, limits of the account, a stream that keeps `guestlist.>` already), that is warned about, and the
 //! queue goes without: long delays occupy the durable's places, and nothing can be sent back to it. So it is with
-//! [`NatsOptions::without_own_stream`]. What is not permitted is asked for again when the process starts again.
+//! [`NatsOptions::without_own_stream`]. What is not permitted is asked for again when the process starts again. Messages
+//! that are in the stream of our own then, from earlier, wait there until the queue may have it again; a warning at the
+//! start counts them, where `$JS.API.STREAM.INFO.O` is permitted.
 //!
 //! Who deletes a queue deletes its durable, and then the stream `guestlist-S-D-n`. Wait until that is empty: what is in it
 //! is not in `S` any more. A durable that was only renamed leaves its delayed messages there, too.
@@ -202,6 +204,9 @@ impl Broker for Nats {
         }
         let durable = topology::source(&link, queue).await?;
         let own = again::prepare(self, &link, queue, &durable).await?;
+        if own.is_none() {
+            again::warn_of_rest(self, &link, queue, &durable).await;
+        }
         Ok(Box::new(both::Both::start(&link, queue, &durable, own, self.confirm()).await?))
     }
 
