@@ -177,8 +177,9 @@ async fn make(
     check_stream(&stream, names).map_err(NotMade::Broken)?;
     let info = find_or_make_durable(link, &stream, names, spec).await?;
     permitted(link, names, can_be_pulled(link, names)).await?;
-    let clock = Clock::of(link, &names.stream).await;
-    let holds = Holds::new(link, nats.confirm(), names, stream.allow_message_schedules, clock);
+    let schedules = stream.allow_message_schedules;
+    let clock = Clock::of(link, &names.stream, schedules).await?;
+    let holds = Holds::new(link, nats.confirm(), names, schedules, clock);
     Ok(Own { durable: Durable::new(names.clone(), &stream, &info.config), holds })
 }
 

@@ -48,6 +48,8 @@
 //! * A long delay is on the server's schedule from version 2.12 on, and occupies nothing. Before, its copy is handed over at
 //!   once, goes back to the server unseen, and occupies one of a million places of its own stream. Before 2.10 the server
 //!   does not tell its time: there what is left of the delay at that moment is reckoned by this machine's clock.
+//!   A server with schedules that does not tell it is not consumed from. While this machine is suspended, its clocks stand still: a
+//!   long delay that is asked for after that may come early once, and is whole the next time.
 //! * A prefetch is shared with the durable's own stream. Where that is quiet it costs one place, for moments at a time
 //!   while the durable has messages, and with a prefetch of 1 up to half a second after a quiet time.
 //! * The order of headers with different names is not kept, and spaces at a value's edges are cut,

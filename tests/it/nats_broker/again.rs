@@ -243,6 +243,87 @@ async fn f10_a_copy_whose_original_was_not_acked_leads_to_one_run() {
     assert_eq!(runs.load(Ordering::Relaxed), 1);
 }
 
+// ---------------------------------------------------------------- whose clock
+
+/// The clocks of this process stand still, as those of a suspended machine: the server's goes on.
+fn suspend() {
+    tokio::time::pause();
+    std::thread::sleep(DELAY * 2);
+    tokio::time::resume();
+}
+
+#[tokio::test]
+async fn f17_a_delay_after_a_suspension_is_whole() {
+    let spec = patient("suspended");
+    let (_nats, mut inbox, js) = subscribed(&spec).await;
+    suspend();
+    send(&js, &spec.name, "x").await;
+    let first = next(&mut inbox).await;
+    let begin = Instant::now();
+    settle(first, Disposition::Release { after: DELAY }).await;
+    settle(next(&mut inbox).await, Disposition::Ack).await;
+    in_time(begin);
+}
+
+#[tokio::test]
+async fn f17_a_message_in_hand_over_a_suspension_does_not_go_round_and_round() {
+    let spec = patient("in-hand");
+    let (_nats, mut inbox, js) = subscribed(&spec).await;
+    send(&js, &spec.name, "x").await;
+    let mut delivery = next(&mut inbox).await;
+    suspend();
+    for round in 0.. {
+        let begin = Instant::now();
+        settle(delivery, Disposition::Release { after: DELAY }).await;
+        delivery = next(&mut inbox).await;
+        if begin.elapsed() >= DELAY {
+            in_time(begin);
+            break;
+        }
+        assert_eq!(round, 0, "the first copy tells the time");
+    }
+    settle(delivery, Disposition::Ack).await;
+}
+
+/// Carries one connection to the server, which keeps its time to itself.
+async fn without_time() -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let url = format!("nats://{}", listener.local_addr().expect("bound"));
+    tokio::spawn(async move {
+        let (client, _) = listener.accept().await.expect("a client");
+        let server = env("GUESTLIST_NATS_URL").replace("nats://", "");
+        let server = tokio::net::TcpStream::connect(server).await.expect("the server is there");
+        let ((mut asked, mut told), (mut said, mut heard)) = (client.into_split(), server.into_split());
+        tokio::spawn(async move { tokio::io::copy(&mut asked, &mut heard).await });
+        let mut bytes = vec![0; 1 << 20];
+        while let Ok(length @ 1..) = said.read(&mut bytes).await {
+            let ts = |bytes: &[u8]| bytes.windows(5).position(|text| text == b"\"ts\":");
+            while let Some(at) = ts(&bytes[..length]) {
+                bytes[at..at + 5].copy_from_slice(b"\"no\":");
+            }
+            told.write_all(&bytes[..length]).await.expect("told");
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn f17_without_the_servers_time_nothing_is_put_on_its_schedule() {
+    let spec = patient("timeless");
+    let nats = Nats::connect(&without_time().await).await.expect("connects");
+    let prepared = nats.prepare(&spec).await;
+    if schedules() {
+        let error = prepared.expect_err("it is asked again later");
+        assert_eq!(error.kind(), BrokerErrorKind::Unreachable, "{error:?}");
+        assert!(error.to_string().contains("server's time"), "{error}");
+        assert!(nats.subscribe(&spec).await.is_err());
+    } else {
+        prepared.expect("a server of 2.9 never says");
+    }
+}
+
 // ---------------------------------------------------------------- to this durable, and to nobody else
 
 /// A server of 2.9 looks for the text `Nats-Msg-Id` in all headers, in an order that the client does not keep.
