@@ -79,7 +79,8 @@ pub const HOLD_FACTOR: u32 = 4;
 /// From this delay on a JetStream message waits in its durable's own stream: a minute.
 ///
 /// A shorter one stays with the server as a `-NAK`, which costs no copy, but a place among the durable's 100,000 unacked.
-/// So those last for 1,600 failures a second, and waiting for another holder of an id (a lease at most) never copies.
+/// So those last for 1,600 failures a second, and waiting for another holder of an id copies nothing with the default
+/// [`LEASE`]. A longer one is a copy, unless that is not confirmed: then it is a `-NAK` as well.
 pub const LONG_DELAY: Duration = Duration::from_secs(60);
 
 /// How long a copy may take to be confirmed: 5 s. Then the answer is unknown, and it is published again.

@@ -10,8 +10,9 @@
 //! # Headers
 //!
 //! Times are in seconds since 1970 unless it says otherwise. "Encoded": percent-encoded, see [`encode`]; "escaped": see
-//! [`escape`]. All are on dead letters; the last column says which other copies have them: those on *hold*, and those that
-//! are *redriven*. Without a mark a header is never left out; with ✂ it is, if the letter is too large otherwise.
+//! [`escape`]. All but those that are "hold only" are on dead letters; the last column says which other copies have
+//! them: those on *hold*, and those that are *redriven*. Without a mark a header is never left out; with ✂ it is, if the
+//! letter is too large otherwise.
 //!
 //! | header | what | also on |
 //! |---|---|---|
@@ -35,7 +36,7 @@
 //! | `guestlist-orig-exchange` | AMQP: the exchange it was published to, encoded | hold, redriven |
 //! | `guestlist-orig-routing-key` | AMQP: the routing key; NATS: the subject; encoded | hold, redriven |
 //! | `guestlist-orig-stream`, `guestlist-orig-sequence` | JetStream: where it was stored | hold, redriven |
-//! | `guestlist-orig-timestamp` | JetStream: when the original was stored, milliseconds since 1970; the age of the message counts from then | hold, redriven |
+//! | `guestlist-orig-timestamp` | JetStream: when the original was stored, milliseconds since 1970; the age of the message counts from then | hold only |
 //! | `guestlist-hold` | JetStream without message schedules: how many milliseconds after it was stored the copy is handed over | hold only |
 //! | `guestlist-orig-id` | the original's transport id, encoded; empty: it had none | hold, redriven |
 //! | `guestlist-orig-h-…` | a header that a broker acts on, moved aside, encoded, redacted | hold, redriven |

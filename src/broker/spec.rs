@@ -123,7 +123,8 @@ pub struct NatsOptions {
     /// From which delay on a message waits in the durable's own stream; none: [`defaults::LONG_DELAY`].
     pub long_delay: Option<Duration>,
     /// Do without the stream of its own beside each durable: long delays occupy the durable's
-    /// `max_ack_pending`, and a dead letter cannot be sent back to this durable alone.
+    /// `max_ack_pending`, and a dead letter cannot be sent back to this durable alone. Empty that stream first if there
+    /// is one: what is in it waits until the option is taken back, and a warning at the start says how much that is.
     pub without_own_stream: bool,
     /// Core NATS: no stream, no acks, no redelivery. Dedup and dead letters work; a failed or
     /// interrupted message that cannot be dead-lettered is *lost*.
@@ -172,7 +173,7 @@ impl NatsOptions {
         self
     }
 
-    /// Does without the stream of its own beside each durable.
+    /// Does without the stream of its own beside each durable. See [the field](#structfield.without_own_stream).
     #[must_use]
     pub fn without_own_stream(mut self) -> Self {
         self.without_own_stream = true;

@@ -33,7 +33,7 @@ mod kills;
 mod memory_broker;
 #[cfg(feature = "testing")]
 mod middleware;
-#[cfg(feature = "nats")]
+#[cfg(all(feature = "nats", feature = "testing"))]
 mod nats_broker;
 #[cfg(feature = "testing")]
 mod records;

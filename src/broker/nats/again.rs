@@ -22,6 +22,8 @@ const DUE: &str = "guestlist.again.";
 const HELD: &str = "guestlist.hold.";
 /// Core NATS has no durables: nobody keeps this.
 const CORE: &str = "guestlist.core.";
+/// Nor this: the queue is told to go without. A stream of ours may be there all the same, which nobody pulls.
+const WITHOUT: &str = "guestlist.without.";
 
 /// The server takes no longer one than 255 bytes.
 const LONGEST_NAME: usize = 200;
@@ -51,6 +53,9 @@ pub(super) fn held(due: &Names, delivery: &str) -> String {
 pub(super) fn destination(queue: &QueueSpec) -> Destination {
     match Names::of(queue) {
         Ok(source) if queue.nats.core => Destination::new(format!("{CORE}{}", source.durable)),
+        Ok(source) if queue.nats.without_own_stream => {
+            Destination::new(format!("{WITHOUT}{}", source.durable))
+        }
         Ok(source) => Destination::new(names(&source).subject),
         // `prepare` refuses such a queue. Its name may be a subject that others read.
         Err(_) => Destination::new(format!("{DUE}{}", topology::legal(&queue.name))),
@@ -67,6 +72,12 @@ pub(super) fn keeper(subject: &str) -> Result<Option<String>, BrokerError> {
     if let Some(durable) = subject.strip_prefix(CORE) {
         return Err(refused(format!(
             "core NATS keeps nothing, so nothing can be sent back to the queue group `{durable}`: consume from a stream"
+        )));
+    }
+    if let Some(durable) = subject.strip_prefix(WITHOUT) {
+        return Err(refused(format!(
+            "the durable `{durable}` goes without a stream of its own (`without_own_stream`), so nothing can be sent back \
+             to it alone: let it have one, or name another destination"
         )));
     }
     let Some(place) = subject.strip_prefix(DUE) else { return Ok(None) };
@@ -121,9 +132,28 @@ pub(super) async fn prepare(
         }
         Err(NotMade::Forbidden(subject)) => {
             warn_without(spec, &names, &refused(format!("this user may not publish to `{subject}`")));
-            nats.forbidden().insert(names.stream);
+            nats.forbidden().extend([names.stream, subject]);
             Ok(None)
         }
+    }
+}
+
+/// Says what waits in a stream of ours that this queue goes without, from an earlier start, say; where it can be asked.
+pub(super) async fn warn_of_rest(nats: &Nats, link: &Link, spec: &QueueSpec, source: &Durable) {
+    let names = names(&source.names);
+    // The server logs each question that it forbids.
+    if nats.forbidden().contains(&format!("$JS.API.STREAM.INFO.{}", names.stream)) {
+        return;
+    }
+    match permitted(link, &names, topology::stream_info(link, &names.stream)).await {
+        Ok(Some(found)) if found.state.messages > 0 => tracing::warn!(
+            target: "guestlist", queue = spec.name, stream = names.stream, messages = found.state.messages,
+            "this queue goes without a stream of its own, in which messages wait: nobody pulls them until it may have it again"
+        ),
+        Err(NotMade::Forbidden(subject)) => {
+            nats.forbidden().insert(subject);
+        }
+        _ => {}
     }
 }
 
@@ -147,8 +177,9 @@ async fn make(
     check_stream(&stream, names).map_err(NotMade::Broken)?;
     let info = find_or_make_durable(link, &stream, names, spec).await?;
     permitted(link, names, can_be_pulled(link, names)).await?;
-    let clock = Clock::of(link, &names.stream).await;
-    let holds = Holds::new(link, nats.confirm(), names, stream.allow_message_schedules, clock);
+    let schedules = stream.allow_message_schedules;
+    let clock = Clock::of(link, &names.stream, schedules).await?;
+    let holds = Holds::new(link, nats.confirm(), names, schedules, clock);
     Ok(Own { durable: Durable::new(names.clone(), &stream, &info.config), holds })
 }
 
@@ -323,6 +354,8 @@ mod tests {
     fn what_cannot_come_back_to_one_durable_goes_to_no_subject_that_others_read() {
         let mut spec = QueueSpec::new("charges");
         assert_eq!(destination(&spec).name(), "guestlist.again.charges.charges");
+        spec.nats.without_own_stream = true;
+        assert!(keeper(destination(&spec).name()).unwrap_err().to_string().contains("`without_own_stream`"));
         spec.nats.core = true;
         assert!(keeper(destination(&spec).name()).unwrap_err().to_string().contains("core NATS"));
         spec.nats.core = false;

@@ -85,8 +85,8 @@ impl Both {
         let (mut of_source, mut again) = (settler(), None);
         if let Some(own) = own {
             let holds = Arc::new(own.holds);
-            of_source = of_source.holding(&holds, spec.nats.long_delay, true);
-            let of_copies = settler().holding(&holds, spec.nats.long_delay, false);
+            of_source = of_source.holding(&holds, spec.nats.long_delay, Some(durable));
+            let of_copies = settler().holding(&holds, spec.nats.long_delay, None);
             let pull = Pull::start(link, spec, &own.durable, of_copies, &in_hand).await?;
             again = Some(pull.of_copies(holds));
         }

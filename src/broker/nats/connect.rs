@@ -44,7 +44,7 @@ struct Inner {
     servers: Vec<ServerAddr>,
     options: NatsOptionsBuilder,
     link: Mutex<Option<Link>>,
-    /// The streams of our own that this user may not have: asked for once, and warned about.
+    /// The streams of our own that this user may not have, and the subjects that say so: asked for once, and warned about.
     forbidden: std::sync::Mutex<HashSet<String>>,
 }
 
@@ -118,7 +118,7 @@ impl Nats {
         BrokerError::new(BrokerErrorKind::Unreachable, what)
     }
 
-    /// The streams of our own that are known not to be permitted.
+    /// The streams of our own, and the subjects, that are known not to be permitted.
     pub(super) fn forbidden(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
         self.inner.forbidden.lock().unwrap_or_else(PoisonError::into_inner)
     }

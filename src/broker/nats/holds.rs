@@ -1,5 +1,6 @@
 //! Long delays: copies that wait in the stream of our own, and come back when they are due.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_nats::client::Request;
@@ -9,8 +10,8 @@ use tokio::time::Instant;
 use super::again;
 use super::connect::Link;
 use super::publish::{self, Marked};
-use super::topology::Names;
-use crate::broker::{BrokerError, Copy, copy};
+use super::topology::{self, Names};
+use crate::broker::{BrokerError, BrokerErrorKind, Copy, copy};
 
 /// Publishes the copies that wait for a long delay.
 pub(super) struct Holds {
@@ -61,6 +62,11 @@ impl Holds {
         marks
     }
 
+    /// It is not earlier than this by the server's clock.
+    pub(super) fn saw(&self, stored: SystemTime) {
+        self.clock.saw(stored);
+    }
+
     /// How long a copy has still to wait that was stored then.
     pub(super) fn left(&self, hold: Duration, stored: SystemTime) -> Duration {
         let waited = self.clock.now().duration_since(stored).unwrap_or_default();
@@ -84,23 +90,49 @@ fn at(due: SystemTime) -> Timestamp {
 pub(super) struct Clock {
     server: SystemTime,
     seen: Instant,
+    /// By how many nanoseconds it lagged at most: no clock of ours goes on while this machine is suspended.
+    lag: AtomicU64,
 }
 
 impl Clock {
     /// Servers before 2.10 do not say: there it is this machine's, as it is now.
-    pub(super) async fn of(link: &Link, stream: &str) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// `Unreachable`: it cannot be learned. By a clock that is behind the server's, a schedule would be over before it
+    /// begins, and the copy would go round and round.
+    pub(super) async fn of(link: &Link, stream: &str, schedules: bool) -> Result<Self, BrokerError> {
         // Before the question: what the answer takes makes a copy late, never early.
         let seen = Instant::now();
-        let asked = link.client.send_request(format!("$JS.API.STREAM.INFO.{stream}"), Request::new());
-        let server = asked.await.ok().and_then(|answer| time_in(&answer.payload));
-        server.map_or_else(
-            || Self { server: SystemTime::now(), seen: Instant::now() },
-            |server| Self { server, seen },
-        )
+        let (act, api) = ("learn the server's time", format!("STREAM.INFO.{stream}"));
+        let asked = link.client.send_request(format!("$JS.API.{api}"), Request::new()).await;
+        let answer = asked.map_err(|error| topology::no_answer(act, &api, error))?;
+        match time_in(&answer.payload) {
+            Some(server) => Ok(Self::new(server, seen)),
+            None if schedules => {
+                let what = format!("cannot {act}: its answer to `$JS.API.{api}` has no `ts`");
+                Err(BrokerError::new(BrokerErrorKind::Unreachable, what))
+            }
+            None => Ok(Self::new(SystemTime::now(), Instant::now())),
+        }
+    }
+
+    fn new(server: SystemTime, seen: Instant) -> Self {
+        Self { server, seen, lag: AtomicU64::new(0) }
     }
 
     fn now(&self) -> SystemTime {
+        self.reckoned() + Duration::from_nanos(self.lag.load(Ordering::Relaxed))
+    }
+
+    fn reckoned(&self) -> SystemTime {
         self.server + self.seen.elapsed()
+    }
+
+    /// What the server has stored is not of the future.
+    fn saw(&self, stored: SystemTime) {
+        let lag = stored.duration_since(self.reckoned()).unwrap_or_default();
+        self.lag.fetch_max(u64::try_from(lag.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 }
 
@@ -123,5 +155,18 @@ mod tests {
         assert_eq!(at(time).to_string(), "2026-11-30T21:06:21.574Z");
         assert_eq!(at(UNIX_EPOCH + Duration::from_secs(1)).to_string(), "1970-01-01T00:00:01Z");
         assert_eq!(time_in(br#"{"config":{}}"#), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_clock_is_never_behind_what_the_server_has_stored() {
+        let time = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
+        let clock = Clock::new(time(100), Instant::now());
+        clock.saw(time(90));
+        assert_eq!(clock.now(), time(100), "what was stored earlier says nothing");
+        clock.saw(time(700));
+        assert_eq!(clock.now(), time(700));
+        tokio::time::advance(Duration::from_secs(5)).await;
+        clock.saw(time(702));
+        assert_eq!(clock.now(), time(705), "it goes on from there");
     }
 }

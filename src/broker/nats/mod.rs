@@ -48,6 +48,8 @@
 //! * A long delay is on the server's schedule from version 2.12 on, and occupies nothing. Before, its copy is handed over at
 //!   once, goes back to the server unseen, and occupies one of a million places of its own stream. Before 2.10 the server
 //!   does not tell its time: there what is left of the delay at that moment is reckoned by this machine's clock.
+//!   A server with schedules that does not tell it is not consumed from. While this machine is suspended, its clocks stand still: a
+//!   long delay that is asked for after that may come early once, and is whole the next time.
 //! * A prefetch is shared with the durable's own stream. Where that is quiet it costs one place, for moments at a time
 //!   while the durable has messages, and with a prefetch of 1 up to half a second after a quiet time.
 //! * The order of headers with different names is not kept, and spaces at a value's edges are cut,
@@ -80,7 +82,9 @@
 //! If it is there in a shape in which copies would be lost, the queue is refused, with the reasons. If the server does not
 //! allow it (permissions, limits of the account, a stream that keeps `guestlist.>` already), that is warned about, and the
 //! queue goes without: long delays occupy the durable's places, and nothing can be sent back to it. So it is with
-//! [`NatsOptions::without_own_stream`]. What is not permitted is asked for again when the process starts again.
+//! [`NatsOptions::without_own_stream`]. What is not permitted is asked for again when the process starts again. Messages
+//! that are in the stream of our own then, from earlier, wait there until the queue may have it again; a warning at the
+//! start counts them, where `$JS.API.STREAM.INFO.O` is permitted.
 //!
 //! Who deletes a queue deletes its durable, and then the stream `guestlist-S-D-n`. Wait until that is empty: what is in it
 //! is not in `S` any more. A durable that was only renamed leaves its delayed messages there, too.
@@ -202,6 +206,9 @@ impl Broker for Nats {
         }
         let durable = topology::source(&link, queue).await?;
         let own = again::prepare(self, &link, queue, &durable).await?;
+        if own.is_none() {
+            again::warn_of_rest(self, &link, queue, &durable).await;
+        }
         Ok(Box::new(both::Both::start(&link, queue, &durable, own, self.confirm()).await?))
     }
 

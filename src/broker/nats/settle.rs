@@ -17,6 +17,7 @@ use tokio::time::timeout;
 
 use super::holds::Holds;
 use super::source::Place;
+use super::topology::Durable;
 use crate::broker::{BrokerError, BrokerErrorKind, Copy};
 use crate::delivery::{AckHandle, Settle, Settling};
 use crate::{Disposition, Message, defaults};
@@ -47,6 +48,8 @@ struct Again {
     long: Duration,
     /// The stream whose deliveries are settled here is the source's, not ours.
     source: bool,
+    /// It has its times from the server that keeps the schedules.
+    stamps: bool,
 }
 
 type MakeCopy = for<'a> fn(&'a Message) -> Copy<'a>;
@@ -61,10 +64,16 @@ impl Settler {
         Self { in_hand: Some(in_hand), ..self }
     }
 
-    /// Keeps long delays outside of the durable's pending places. `source`: the deliveries are the source's, not copies.
-    pub(super) fn holding(self, holds: &Arc<Holds>, long: Option<Duration>, source: bool) -> Self {
-        let long = long.unwrap_or(defaults::LONG_DELAY);
-        Self { again: Some(Again { holds: Arc::clone(holds), long, source }), ..self }
+    /// Keeps long delays outside of the durable's pending places. `source`: whose deliveries these are; `None`: copies.
+    pub(super) fn holding(
+        self,
+        holds: &Arc<Holds>,
+        long: Option<Duration>,
+        source: Option<&Durable>,
+    ) -> Self {
+        let (holds, long) = (Arc::clone(holds), long.unwrap_or(defaults::LONG_DELAY));
+        let stamps = source.is_none_or(|source| !source.mirror);
+        Self { again: Some(Again { holds, long, source: source.is_some(), stamps }), ..self }
     }
 
     fn client(&self) -> Client {
@@ -107,6 +116,7 @@ impl Settler {
     ) -> Settling {
         let holds = Arc::clone(&again.holds);
         let settler = Self::new(self.client(), self.double_ack, self.limit);
+        again.learn_time(&reply);
         let delivery = delivery_name(&reply, again.source);
         Settling::Later(Box::pin(async move {
             let ended = match publish(&holds, copy(&message), &delivery, after).await {
@@ -165,6 +175,13 @@ async fn publish(
 }
 
 impl Again {
+    /// A copy that came at once, by a clock that is behind, makes the next one wait.
+    fn learn_time(&self, reply: &Subject) {
+        if let Some(place) = Place::read(reply).filter(|_| self.stamps) {
+            self.holds.saw(place.time());
+        }
+    }
+
     /// A copy of ours is copied again only if that takes it out of our durable's pending places. Else it stays there.
     fn takes(&self, after: Duration) -> bool {
         !after.is_zero() && after >= self.long && (self.source || self.holds.schedules())

@@ -192,7 +192,9 @@ impl Pull {
     /// How long a copy has still to wait that could not be put on schedule.
     fn left(&self, message: &Message, reply: &Subject) -> Option<Duration> {
         let (copies, hold) = (self.copies.as_ref()?, message.copy_marks().hold?);
-        let left = copies.left(hold, Place::read(reply)?.time());
+        let stored = Place::read(reply)?.time();
+        copies.saw(stored);
+        let left = copies.left(hold, stored);
         (!left.is_zero()).then_some(left)
     }
 
@@ -581,13 +583,15 @@ impl<'a> Place<'a> {
         })
     }
 
-    fn time(&self) -> SystemTime {
+    pub(super) fn time(&self) -> SystemTime {
         UNIX_EPOCH + Duration::from_nanos(self.stored)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use async_nats::jetstream::{consumer, stream};
+
     use super::*;
 
     #[test]
@@ -605,7 +609,7 @@ mod tests {
     #[test]
     fn more_is_asked_for_once_half_is_used_up_and_never_more_than_is_free() {
         let names = Names::of(&QueueSpec::new("q")).unwrap();
-        let durable = Durable { names: names.clone(), replicas: 1, max_batch: None, max_expires: None };
+        let durable = Durable::new(names.clone(), &stream::Config::default(), &consumer::Config::default());
         let mut requests = Requests::new(&names, Subject::from("inbox"), &durable);
         assert_eq!(requests.due(0), None);
         assert_eq!(requests.due(8), Some(8));

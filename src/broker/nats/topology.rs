@@ -92,6 +92,8 @@ pub(super) struct Durable {
     pub(super) names: Names,
     /// Of its stream.
     pub(super) replicas: usize,
+    /// Its stream has the times of another one, maybe of another server's clock.
+    pub(super) mirror: bool,
     /// The most messages that one pull request may ask for.
     pub(super) max_batch: Option<usize>,
     /// The longest that one pull request may stay.
@@ -103,6 +105,7 @@ impl Durable {
         Self {
             names,
             replicas: stream.num_replicas,
+            mirror: stream.mirror.is_some(),
             max_batch: usize::try_from(config.max_batch).ok().filter(|largest| *largest > 0),
             max_expires: Some(config.max_expires).filter(|longest| !longest.is_zero()),
         }

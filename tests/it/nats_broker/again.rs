@@ -6,6 +6,7 @@ use std::task::Poll;
 use guestlist::broker::nats::async_nats::ConnectOptions;
 
 use super::*;
+use crate::support::LogCapture;
 
 /// Long enough to be told from none, short enough for a test.
 const DELAY: Duration = Duration::from_millis(1500);
@@ -16,6 +17,13 @@ const LATE: Duration = Duration::from_secs(1);
 fn patient(name: &str) -> QueueSpec {
     let mut spec = queue(name);
     spec.nats = spec.nats.long_delay(Duration::from_secs(1));
+    spec
+}
+
+/// The same queue, as who does not know that it goes without sees it.
+fn with_own(spec: &QueueSpec) -> QueueSpec {
+    let mut spec = spec.clone();
+    spec.nats.without_own_stream = false;
     spec
 }
 
@@ -235,6 +243,87 @@ async fn f10_a_copy_whose_original_was_not_acked_leads_to_one_run() {
     assert_eq!(runs.load(Ordering::Relaxed), 1);
 }
 
+// ---------------------------------------------------------------- whose clock
+
+/// The clocks of this process stand still, as those of a suspended machine: the server's goes on.
+fn suspend() {
+    tokio::time::pause();
+    std::thread::sleep(DELAY * 2);
+    tokio::time::resume();
+}
+
+#[tokio::test]
+async fn f17_a_delay_after_a_suspension_is_whole() {
+    let spec = patient("suspended");
+    let (_nats, mut inbox, js) = subscribed(&spec).await;
+    suspend();
+    send(&js, &spec.name, "x").await;
+    let first = next(&mut inbox).await;
+    let begin = Instant::now();
+    settle(first, Disposition::Release { after: DELAY }).await;
+    settle(next(&mut inbox).await, Disposition::Ack).await;
+    in_time(begin);
+}
+
+#[tokio::test]
+async fn f17_a_message_in_hand_over_a_suspension_does_not_go_round_and_round() {
+    let spec = patient("in-hand");
+    let (_nats, mut inbox, js) = subscribed(&spec).await;
+    send(&js, &spec.name, "x").await;
+    let mut delivery = next(&mut inbox).await;
+    suspend();
+    for round in 0.. {
+        let begin = Instant::now();
+        settle(delivery, Disposition::Release { after: DELAY }).await;
+        delivery = next(&mut inbox).await;
+        if begin.elapsed() >= DELAY {
+            in_time(begin);
+            break;
+        }
+        assert_eq!(round, 0, "the first copy tells the time");
+    }
+    settle(delivery, Disposition::Ack).await;
+}
+
+/// Carries one connection to the server, which keeps its time to itself.
+async fn without_time() -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let url = format!("nats://{}", listener.local_addr().expect("bound"));
+    tokio::spawn(async move {
+        let (client, _) = listener.accept().await.expect("a client");
+        let server = env("GUESTLIST_NATS_URL").replace("nats://", "");
+        let server = tokio::net::TcpStream::connect(server).await.expect("the server is there");
+        let ((mut asked, mut told), (mut said, mut heard)) = (client.into_split(), server.into_split());
+        tokio::spawn(async move { tokio::io::copy(&mut asked, &mut heard).await });
+        let mut bytes = vec![0; 1 << 20];
+        while let Ok(length @ 1..) = said.read(&mut bytes).await {
+            let ts = |bytes: &[u8]| bytes.windows(5).position(|text| text == b"\"ts\":");
+            while let Some(at) = ts(&bytes[..length]) {
+                bytes[at..at + 5].copy_from_slice(b"\"no\":");
+            }
+            told.write_all(&bytes[..length]).await.expect("told");
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn f17_without_the_servers_time_nothing_is_put_on_its_schedule() {
+    let spec = patient("timeless");
+    let nats = Nats::connect(&without_time().await).await.expect("connects");
+    let prepared = nats.prepare(&spec).await;
+    if schedules() {
+        let error = prepared.expect_err("it is asked again later");
+        assert_eq!(error.kind(), BrokerErrorKind::Unreachable, "{error:?}");
+        assert!(error.to_string().contains("server's time"), "{error}");
+        assert!(nats.subscribe(&spec).await.is_err());
+    } else {
+        prepared.expect("a server of 2.9 never says");
+    }
+}
+
 // ---------------------------------------------------------------- to this durable, and to nobody else
 
 /// A server of 2.9 looks for the text `Nats-Msg-Id` in all headers, in an order that the client does not keep.
@@ -310,9 +399,10 @@ async fn without_a_stream_of_its_own_nothing_can_be_sent_back_to_it() {
     spec.nats = spec.nats.without_own_stream();
     let (_, mut inbox, js) = subscribed(&spec).await;
     assert!(js.get_stream(own(&spec)).await.is_err());
-    let error = redrive(&nats, &spec, "id").await.expect_err("there is no place for it");
+    let error = redrive(&nats, &with_own(&spec), "id").await.expect_err("there is no place for it");
     assert_eq!(error.kind(), BrokerErrorKind::NotRouted);
     assert!(error.to_string().contains("no stream of its own"), "{error}");
+    assert!(refusal(redrive(&nats, &spec, "id").await).contains("`without_own_stream`"));
     send(&js, &spec.name, "x").await;
     let begin = Instant::now();
     settle(next(&mut inbox).await, requeue()).await;
@@ -321,6 +411,30 @@ async fn without_a_stream_of_its_own_nothing_can_be_sent_back_to_it() {
     in_time(begin);
     spec.nats = NatsOptions::new().core();
     assert!(refusal(redrive(&nats, &spec, "id").await).contains("core NATS"));
+}
+
+#[tokio::test]
+async fn a_stream_left_over_gets_nothing_and_what_is_in_it_is_told_of() {
+    let mut spec = patient("left-over");
+    let (nats, mut inbox, js) = subscribed(&spec).await;
+    send(&js, &spec.name, "x").await;
+    settle(next(&mut inbox).await, Disposition::Requeue { after: LONG }).await;
+    until("its copy waits", || async { stored(&js, &own(&spec)).await == 1 }).await;
+    inbox.close().await;
+    let waits = "this queue goes without a stream of its own, in which messages wait";
+    let logs = LogCapture::begin();
+    nats.subscribe(&spec).await.expect("subscribed").close().await;
+    assert!(!logs.text().contains(waits), "it is pulled: {}", logs.text());
+    spec.nats = spec.nats.without_own_stream();
+    nats.prepare(&spec).await.expect("prepared");
+    nats.subscribe(&spec).await.expect("subscribed").close().await;
+    let told = logs.text();
+    let told: Vec<&str> = told.lines().filter(|line| line.contains(waits)).collect();
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].contains("messages=1") && told[0].contains(&own(&spec)), "{told:?}");
+    let text = refusal(redrive(&nats, &spec, "id").await);
+    assert!(text.contains("`without_own_stream`") && text.contains(&spec.name), "{text}");
+    assert_eq!(stored(&js, &own(&spec)).await, 1, "no copy is stranded beside it");
 }
 
 #[tokio::test]
@@ -563,6 +677,7 @@ async fn where_it_is_not_permitted_a_queue_goes_without() {
     let url = |user: &str| server.url().replace("://", &format!("://{user}:x@"));
     let admin = Nats::connect(&url("admin")).await.expect("connects");
     admin.prepare(&spec).await.expect("made");
+    redrive(&admin, &spec, "left").await.expect("it waits where nobody pulls");
     let login = ConnectOptions::with_user_and_password("admin".to_owned(), "x".to_owned());
     let js = jetstream::new(login.connect(server.url()).await.expect("connects"));
     let mut check = spec.clone();
@@ -571,7 +686,11 @@ async fn where_it_is_not_permitted_a_queue_goes_without() {
         let nats = Nats::connect(&url(who)).await.expect("connects");
         let begin = Instant::now();
         nats.prepare(&check).await.expect("it goes without");
+        let logs = LogCapture::begin();
         let mut inbox = nats.subscribe(&check).await.expect("subscribed");
+        // The one may not ask how much there is.
+        assert_eq!(logs.text().contains("messages=1"), who == "half", "{}", logs.text());
+        drop(logs);
         assert!(begin.elapsed() < PROMPT / 2, "a denial is not waited for: {:?}", begin.elapsed());
         send(&js, &spec.name, who).await;
         let begin = Instant::now();
