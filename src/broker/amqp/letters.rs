@@ -208,8 +208,8 @@ impl Hand {
         self.last = self.last.max(tag);
         self.held.insert(tag);
         let id = own_id(&frame.properties);
-        let message = message_of(Source::new(SYSTEM, self.queue.as_str()), frame);
-        Letter::found(id.as_deref(), message, Place(tag))
+        let message = message_of(Source::new(SYSTEM, ""), frame);
+        Letter::found(id.as_deref(), None, message, Place(tag))
     }
 
     /// An error if the broker has ended the reading. What arrived until then is kept.
