@@ -5,6 +5,7 @@ use crate::dedup::protocol::{Record, State};
 
 /// What counts of a letter.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a yes or no of its own")]
 pub(super) struct Facts {
     pub(super) generation: u32,
     /// Its body or headers were cut, to make it fit.

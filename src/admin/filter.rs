@@ -25,8 +25,8 @@ pub struct Filter {
     id: Option<MessageId>,
     letter: Option<String>,
     recorded: Option<bool>,
-    /// This queue's, and those that do not say whose they are.
-    not_of_others: Option<String>,
+    /// Of the queue with these names, and those that do not say whose they are; empty: of all.
+    not_of_others: Vec<String>,
 }
 
 impl Filter {
@@ -42,7 +42,8 @@ impl Filter {
         self
     }
 
-    /// Letters whose record names this queue as their source; called again, one of these.
+    /// Letters whose record names this queue as their source; called again, one of these. The record of a message that was
+    /// split by `nats::split` names the durable.
     ///
     /// Where several queues share a place for their letters, [`redrive`](super::Admin::redrive) and
     /// [`discard`](super::Admin::discard) take those of the admin's queue, and those that do not say where they are from,
@@ -97,9 +98,9 @@ impl Filter {
     }
 
     /// For what changes letters: another queue's are none of our business, unless they are asked for.
-    pub(super) fn sparing_others_than(mut self, queue: &str) -> Self {
+    pub(super) fn sparing_others_than(mut self, names: impl IntoIterator<Item = String>) -> Self {
         if self.queues.is_empty() {
-            self.not_of_others = Some(queue.to_owned());
+            self.not_of_others = names.into_iter().collect();
         }
         self
     }
@@ -115,8 +116,8 @@ impl Filter {
 
     fn fits_record(&self, letter: &Listed) -> bool {
         let record = letter.record();
-        let own = |own: &String| letter.source_queue().is_none_or(|queue| queue == own);
-        self.not_of_others.as_ref().is_none_or(own)
+        let own = |name: &String| letter.source_queue().is_none_or(|queue| queue == name);
+        one_of(&self.not_of_others, own)
             && self.recorded.is_none_or(|recorded| recorded == record.is_some())
             && one_of(&self.causes, |cause| record.is_some_and(|record| record.cause == cause.name()))
             && one_of(&self.queues, |queue| letter.source_queue() == Some(queue))

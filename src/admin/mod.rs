@@ -155,7 +155,8 @@ impl Admin {
     ///
     /// Cancel safe: it only looks.
     pub async fn letters(&self, filter: Filter) -> Result<Walk<Listed>, Error> {
-        self.walk(filter, Bounds::default(), Look).await
+        let letters = self.broker.letters(self.place()?).await?;
+        Ok(self.walk(letters, filter, Bounds::default(), Look))
     }
 
     /// The letter with this [id](Listed::id): walks until it is found.
@@ -181,7 +182,7 @@ impl Admin {
     /// # Errors
     ///
     /// [`ConfigError`] for a rate of 0, a destination that is the letters' own place, or `force` without a store that can
-    /// be asked. Else as for [`letters`](Self::letters). Later, by the walk: the store does not answer, or the
+    /// be asked. The place lets no letter be removed. Else as for [`letters`](Self::letters). Later, by the walk: the store does not answer, or the
     /// destination did not confirm the copy or is not there. The letter stays.
     ///
     /// # Cancel safety
@@ -196,7 +197,8 @@ impl Admin {
         let (broker, store) = (Arc::clone(&self.broker), self.store.clone());
         let window = self.window;
         let act = Redriver { broker, store, to, window, wish: how.wish, dry_run: how.dry_run, pace };
-        self.walk(filter.sparing_others_than(&self.spec.name), how.bounds, act).await
+        let letters = self.removable_letters().await?;
+        Ok(self.walk(letters, filter.sparing_others_than(self.names()), how.bounds, act))
     }
 
     /// Removes the letters that fit, for good: each removal is confirmed, and told by an event of `tracing` (target
@@ -206,7 +208,7 @@ impl Admin {
     ///
     /// # Errors
     ///
-    /// [`ConfigError::NoReason`]; else as for [`letters`](Self::letters). Later, by the walk: a removal was not confirmed, and
+    /// [`ConfigError::NoReason`]; the place lets no letter be removed; else as for [`letters`](Self::letters). Later, by the walk: a removal was not confirmed, and
     /// the letter may still be there.
     ///
     /// # Cancel safety
@@ -217,7 +219,8 @@ impl Admin {
             return Err(Error::admin(ConfigError::NoReason));
         }
         let act = Discarder { reason: how.reason, dry_run: how.dry_run };
-        self.walk(filter.sparing_others_than(&self.spec.name), how.bounds, act).await
+        let letters = self.removable_letters().await?;
+        Ok(self.walk(letters, filter.sparing_others_than(self.names()), how.bounds, act))
     }
 
     /// What the store has on record for a message's id in this queue's scope. The id is as the sender wrote it and the
@@ -274,10 +277,27 @@ impl Admin {
         self.broker.close().await;
     }
 
-    async fn walk<A: Act>(&self, filter: Filter, bounds: Bounds, act: A) -> Result<Walk<A::Item>, Error> {
-        let letters = Some(self.broker.letters(self.place()?).await?);
-        let (ids, begun) = (self.ids.clone(), SystemTime::now());
-        Ok(Walk::new(Round { letters, filter, ids, begun, bounds, act }))
+    fn walk<A: Act>(
+        &self,
+        letters: Box<dyn Letters>,
+        filter: Filter,
+        bounds: Bounds,
+        act: A,
+    ) -> Walk<A::Item> {
+        let (letters, ids, begun) = (Some(letters), self.ids.clone(), SystemTime::now());
+        Walk::new(Round { letters, filter, ids, begun, bounds, act })
+    }
+
+    /// For what changes letters; a dry run says, too, that it would be refused.
+    async fn removable_letters(&self) -> Result<Box<dyn Letters>, Error> {
+        let letters = self.broker.letters(self.place()?).await?;
+        letters.removable()?;
+        Ok(letters)
+    }
+
+    /// What a letter may call the queue.
+    fn names(&self) -> impl Iterator<Item = String> {
+        std::iter::once(self.spec.name.clone()).chain(self.broker.also_called(&self.spec))
     }
 
     fn place(&self) -> Result<&Destination, Error> {

@@ -98,6 +98,13 @@ pub trait Broker: Debug + Send + Sync + 'static {
         Destination::new(queue.name.as_str())
     }
 
+    /// What else than its name a letter's source may call this queue; by default, nothing else. A message that was
+    /// split by `nats::split` in a loop of one's own knows only the durable.
+    fn also_called(&self, queue: &QueueSpec) -> Option<String> {
+        let _ = queue;
+        None
+    }
+
     /// Begins a walk over the letters at `at`.
     ///
     /// # Errors

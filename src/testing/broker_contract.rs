@@ -160,6 +160,7 @@ macro_rules! cases_of_walks {
             a_walk_shows_each_letter_once_and_takes_nothing_out
             a_walk_over_no_letters_ends
             a_letter_has_the_same_id_in_each_walk
+            a_letter_that_names_no_queue_is_shown_without_one
             a_walk_ends_though_letters_come_back
             a_removal_removes_exactly_one_letter
             a_letter_removed_twice_is_no_error

@@ -711,6 +711,20 @@ async fn another_queues_letters_are_left_unless_they_are_asked_for() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn i1_a_strangers_letter_that_is_redriven_and_fails_can_be_redriven_again() {
+    let lab = Lab::new();
+    send_letter(&lab, "a stranger's", &[]);
+    let process = Bank::default().start(&lab);
+    for _ in 0..3 {
+        let summary = redrive_all(&lab).await;
+        assert_eq!((summary.redriven, summary.passed_over), (1, 0), "{summary}");
+        lab.drained().await;
+        assert_eq!(depth(&lab, DEAD), 1);
+    }
+    process.stop().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_dry_run_says_what_would_happen_and_changes_nothing() {
     let lab = lab_with_letters(3).await;
     done_in(&lab, "order-1", 0).await;

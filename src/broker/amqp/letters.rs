@@ -53,6 +53,8 @@ struct Hand {
     consumer: Option<Consumer>,
     /// How many of this consumer's letters were shown and not removed.
     of_consumer: u16,
+    /// Handed out by this consumer, and not shown yet.
+    arrived: VecDeque<Delivery>,
     /// Handed out by a former consumer when it had to stop.
     late: VecDeque<Delivery>,
     /// The last tags of former consumers and of gets.
@@ -108,6 +110,7 @@ impl Hand {
             channel,
             consumer: None,
             of_consumer: 0,
+            arrived: VecDeque::new(),
             late: VecDeque::new(),
             ends: Vec::new(),
             last: 0,
@@ -126,6 +129,9 @@ impl Hand {
         }
         if let Some(late) = self.late.pop_front() {
             return Ok(Some(self.letter(late)));
+        }
+        if let Some(arrived) = self.arrived.pop_front() {
+            return self.delivered(Some(Ok(arrived))).map(Some);
         }
         self.start_consuming().await?;
         let Some(consumer) = &mut self.consumer else { return Err(self.ended()) };
@@ -152,13 +158,15 @@ impl Hand {
 
     /// The consumer hands out no more; what it has handed out stays in hand.
     async fn stop_consuming(&mut self) -> Result<(), BrokerError> {
+        self.see_the_end()?;
         let Some(mut consumer) = self.consumer.take() else { return Ok(()) };
         let cancel = self.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
         answered("reading letters", ANSWER, cancel).await?;
+        self.late.extend(self.arrived.drain(..));
         while let Some(Ok(late)) = consumer.next().await {
-            self.last = late.delivery_tag;
             self.late.push_back(late);
         }
+        self.last = self.late.back().map_or(self.last, |late| late.delivery_tag.max(self.last));
         self.ends.push(self.last);
         self.of_consumer = 0;
         Ok(())
@@ -200,16 +208,30 @@ impl Hand {
         self.last = self.last.max(tag);
         self.held.insert(tag);
         let id = own_id(&frame.properties);
-        let message = message_of(Source::new(SYSTEM, self.queue.as_str()), frame);
-        Letter::found(id.as_deref(), message, Place(tag))
+        let message = message_of(Source::new(SYSTEM, ""), frame);
+        Letter::found(id.as_deref(), None, message, Place(tag))
+    }
+
+    /// An error if the broker has ended the reading. What arrived until then is kept.
+    fn see_the_end(&mut self) -> Result<(), BrokerError> {
+        while let Some(next) = self.consumer.as_mut().and_then(|consumer| consumer.next().now_or_never()) {
+            match next {
+                Some(Ok(arrived)) => self.arrived.push_back(arrived),
+                Some(Err(error)) => return Err(self.lost(error)),
+                None => return Err(self.ended()),
+            }
+        }
+        Ok(())
     }
 
     /// AMQP confirms no ack. But a channel does one thing after the other, and the queue answers the question itself: what
-    /// was sent before has come as far.
+    /// was sent before has come as far. Unless the broker had ended the reading by then, when it swallows the ack and,
+    /// RabbitMQ 4.3, revives the consumer: so it is looked for before, and once more when the queue has answered.
     async fn ack(&mut self, tag: u64) -> Result<(), BrokerError> {
         if !self.held.remove(&tag) {
             return Ok(());
         }
+        self.see_the_end()?;
         if self.consumer.is_some() && self.ends.last().is_none_or(|end| tag > *end) {
             self.of_consumer = self.of_consumer.saturating_sub(1);
         }
@@ -217,7 +239,8 @@ impl Hand {
             self.channel.basic_ack(tag, BasicAckOptions { multiple: false }).await?;
             self.ask_the_queue().await
         };
-        answered(&format!("removing a letter from `{}`", self.queue), ANSWER, taken).await
+        answered(&format!("removing a letter from `{}`", self.queue), ANSWER, taken).await?;
+        self.see_the_end()
     }
 
     async fn ask_the_queue(&self) -> lapin::Result<()> {

@@ -1,5 +1,6 @@
 //! [`Marks`]: what is read back from a copy.
 
+use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -14,7 +15,7 @@ use crate::delay::LONGEST;
 use crate::message::{Headers, Source};
 
 /// What a copy of ours carries beside the original. Empty on a message fresh from its sender.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Marks {
     pub(crate) id: Option<MessageId>,
     pub(crate) attempt: u32,
@@ -29,6 +30,19 @@ pub(crate) struct Marks {
     pub(crate) moved: Vec<(String, Bytes)>,
     /// The rest: source and record.
     pub(super) story: Headers,
+}
+
+/// The names of what is there: the ids and values are the sender's.
+impl fmt::Debug for Marks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let moved: Vec<_> = self.moved.iter().map(|(name, _)| name).collect();
+        f.debug_struct("Marks")
+            .field("attempt", &self.attempt)
+            .field("generation", &self.generation)
+            .field("moved", &moved)
+            .field("story", &self.story)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Marks {

@@ -5,7 +5,7 @@ use super::history::{History, Noted, PastFailure};
 use super::text::is_invisible;
 use super::*;
 use crate::Cause;
-use crate::message::Source;
+use crate::message::{Headers, Source};
 
 fn bytes(max: usize) -> impl Strategy<Value = Vec<u8>> {
     vec(any::<u8>(), 0..max)
@@ -592,4 +592,15 @@ fn the_time_of_a_redrive_stays_on_every_copy_until_the_next_one() {
     let earlier = Message::builder("{}").header(REDRIVEN_AT, "1000").build();
     let again = come_back(&earlier, &Copy::redrive(&earlier, "a letter", 2));
     assert!(again.redriven_at() >= Some(at), "the last redrive counts");
+}
+
+#[test]
+fn i16_what_a_copy_carries_aside_shows_no_value() {
+    const CARD: &str = "4111111111111111";
+    let mut headers = Headers::new();
+    for name in ["guestlist-id", "guestlist-orig-id", "guestlist-orig-h-CC", "guestlist-orig-p-user-id"] {
+        headers.push(name, CARD);
+    }
+    let shown = format!("{:?}", Marks::take_from(&mut headers));
+    assert!(shown.contains("guestlist-orig-h-CC") && !shown.contains("4111"), "{shown}");
 }

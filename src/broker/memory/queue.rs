@@ -117,7 +117,7 @@ impl Queue {
         let state = lock(&self.state);
         let mut entries: Vec<_> = state.entries().collect();
         entries.sort_unstable_by_key(|entry| entry.place);
-        entries.into_iter().map(|entry| self.message(&entry.content, entry.deliveries)).collect()
+        entries.into_iter().map(|entry| message(&entry.content, &self.name, entry.deliveries)).collect()
     }
 
     /// No place up to this one will be given again.
@@ -132,9 +132,9 @@ impl Queue {
             return Err(topology::missing(&self.name, BrokerErrorKind::Refused));
         }
         let found = state.first_between(shown, end).map(|entry| {
-            let message = self.message(&entry.content, entry.deliveries);
+            let message = message(&entry.content, "", entry.deliveries);
             let transport_id = entry.content.written_transport_id().map(MessageId::as_bytes);
-            Letter::found(transport_id, message, Place(entry.place))
+            Letter::found(transport_id, None, message, Place(entry.place))
         });
         Ok(found)
     }
@@ -198,7 +198,7 @@ impl Queue {
         let next = lock(&self.state).next(member, waker);
         match next {
             Taken::Entry { tag, content, deliveries } => {
-                Next::Message(tag, self.message(&content, deliveries))
+                Next::Message(tag, message(&content, &self.name, deliveries))
             }
             Taken::Not(next) => next,
         }
@@ -223,12 +223,12 @@ impl Queue {
         }
         answer
     }
+}
 
-    /// The content as one delivery of it.
-    fn message(&self, content: &MessageBuilder, deliveries: u32) -> Message {
-        let message = content.again().source(Source::new(SYSTEM, self.name.clone()));
-        message.redelivered(deliveries > 1).broker_deliveries(deliveries).build()
-    }
+/// The content as one delivery of it, from this queue.
+fn message(content: &MessageBuilder, queue: &str, deliveries: u32) -> Message {
+    let message = content.again().source(Source::new(SYSTEM, queue));
+    message.redelivered(deliveries > 1).broker_deliveries(deliveries).build()
 }
 
 /// What a look under the lock found; the message is built without the lock.

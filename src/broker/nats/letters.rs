@@ -72,13 +72,18 @@ impl Letters for StreamLetters {
         found.map(|found| self.letter(&found)).transpose()
     }
 
-    async fn remove(&mut self, place: Place) -> Result<(), BrokerError> {
+    fn removable(&self) -> Result<(), BrokerError> {
         if self.keeps_all {
             return Err(refused(format!(
                 "the stream `{}` lets nothing be removed: it has deny_delete, which cannot be changed",
                 self.stream
             )));
         }
+        Ok(())
+    }
+
+    async fn remove(&mut self, place: Place) -> Result<(), BrokerError> {
+        self.removable()?;
         // Not overwritten on the disk, which takes longer: neither is what a consumer acks.
         let question = serde_json::json!({ "seq": place.0, "no_erase": true });
         match self.ask::<DeleteStatus>("DELETE", &question).await? {
@@ -131,7 +136,7 @@ impl StreamLetters {
     fn letter(&self, found: &RawMessage) -> Result<Letter, BrokerError> {
         let place = Place(found.sequence);
         let time = found.time;
-        let mut source = Source::new(super::SYSTEM, self.subject.as_str());
+        let mut source = Source::new(super::SYSTEM, "");
         source.stream.clone_from(&self.stream);
         source.routing_key.clone_from(&found.subject);
         source.sequence = Some(found.sequence);
@@ -142,7 +147,8 @@ impl StreamLetters {
         let fields = headers.iter().map(|(name, value)| (name.as_str(), &value[..]));
         let message =
             with_fields(Message::builder(payload), &fields).source(source).timestamp(time.into()).build();
-        Ok(Letter::found(id.map(|(_, value)| &value[..]), message, place))
+        let lies_at = Some((self.stream.as_str(), found.sequence));
+        Ok(Letter::found(id.map(|(_, value)| &value[..]), lies_at, message, place))
     }
 
     /// What the server wrote as base64, by the client's own reader.

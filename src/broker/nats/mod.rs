@@ -221,6 +221,10 @@ impl Broker for Nats {
         again::destination(queue)
     }
 
+    fn also_called(&self, queue: &QueueSpec) -> Option<String> {
+        topology::Names::of(queue).ok().map(|names| names.durable)
+    }
+
     async fn letters(&self, at: &Destination) -> Result<Box<dyn Letters>, BrokerError> {
         Ok(Box::new(letters::begin(&self.link().await?, self.confirm(), at).await?))
     }

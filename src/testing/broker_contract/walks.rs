@@ -154,6 +154,18 @@ pub async fn a_letter_has_the_same_id_in_each_walk(fixture: &dyn BrokerFixture) 
     stage.end().await;
 }
 
+/// Where nobody says which queue a letter is from, none is made up: the place where it lies would be carried on by the
+/// next copy, and pass for the queue.
+pub async fn a_letter_that_names_no_queue_is_shown_without_one(fixture: &dyn BrokerFixture) {
+    let stage = Stage::new(fixture, "walk_no_queue", 8).await;
+    let source = Source::new(stage.broker.system(), "");
+    publish(&stage, &Message::builder("{}").transport_id("0").source(source).build()).await;
+    let shown = walk_all(&stage, 1).await;
+    assert_eq!(message_ids(&shown), ["0"]);
+    assert_eq!(shown[0].message.source().queue, "", "the source must not name a queue");
+    stage.end().await;
+}
+
 /// A walk ends though each letter comes back while it is on: those are for the next walk.
 pub async fn a_walk_ends_though_letters_come_back(fixture: &dyn BrokerFixture) {
     let stage = Stage::new(fixture, "walk_ends", 8).await;

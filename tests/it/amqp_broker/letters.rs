@@ -4,6 +4,7 @@ use futures_util::future::join_all;
 use guestlist::Message;
 use guestlist::broker::amqp::Amqp;
 use guestlist::broker::amqp::lapin::message::Delivery;
+use guestlist::broker::amqp::lapin::types::AMQPValue;
 use guestlist::broker::copy::DeadLetter;
 use guestlist::broker::{Broker, BrokerError, BrokerErrorKind, Copy, Destination, Letter, Letters};
 use tokio::time::timeout;
@@ -286,6 +287,65 @@ async fn a_queue_deleted_under_a_walk_ends_it() {
         removed.unwrap_err();
         end(&mut walk).await;
     }
+}
+
+/// The first removals may be Ok: the letter is gone, and RabbitMQ tells the consumer soon after. RabbitMQ 3.10 never tells
+/// one of a quorum queue.
+#[tokio::test]
+async fn a_walk_sees_that_its_queue_was_made_anew() {
+    for kind in KINDS.into_iter().filter(|kind| *kind == "classic" || current()) {
+        let letterbox = Letterbox::new(kind).await;
+        let mut walk = letterbox.walk().await;
+        let letters = take(&mut walk, COUNT).await;
+        letterbox.rabbit.delete(&letterbox.name).await;
+        letterbox.rabbit.declare(&letterbox.name, &[("x-queue-type", text(kind))]).await;
+        letterbox.rabbit.send(&letterbox.name, "new").await;
+        let mut seen = None;
+        for letter in &letters {
+            seen = seen.or(walk.remove(letter.place).await.err());
+        }
+        let error = seen.expect("the reading was ended");
+        assert_eq!(error.kind(), BrokerErrorKind::Closed, "{kind}: {error:?}");
+        letterbox.keeps(1).await;
+    }
+}
+
+/// Two letters that RabbitMQ has taken back, since they were held for too long: the first was got, the other came by a
+/// consumer. Says how a removal of one of them ended, and how many of what is left count as failed deliveries.
+async fn removed_too_late(got: bool) -> (BrokerErrorKind, usize) {
+    let (rabbit, name) = (Rabbit::new().await, unique("letters_timeout"));
+    let impatient = ("x-consumer-timeout", AMQPValue::LongInt(1500));
+    rabbit.declare(&name, &[("x-queue-type", text("quorum")), impatient]).await;
+    rabbit.send(&name, "0").await;
+    rabbit.send(&name, "1").await;
+    rabbit.ready_becomes(&name, 2).await;
+    let broker = Amqp::connect(&url()).await.unwrap();
+    let mut walk = broker.letters(&Destination::new(name.as_str())).await.unwrap();
+    let letters = take(&mut walk, 2).await;
+    walk.remove(letters[usize::from(got)].place).await.unwrap();
+    rabbit.ready_becomes(&name, 1).await;
+    let removed = walk.remove(letters[usize::from(!got)].place).await;
+    drop(walk);
+    rabbit.ready_becomes(&name, 1).await;
+    (removed.unwrap_err().kind(), counted(&rabbit, &name).await)
+}
+
+#[tokio::test]
+async fn i1_what_the_broker_has_taken_back_is_not_said_to_be_removed() {
+    if !current() {
+        return;
+    }
+    assert_eq!(removed_too_late(true).await.0, BrokerErrorKind::Refused, "the channel is closed");
+    // An ack revives the consumer, and what it is handed then is counted. One that crosses the broker's word cannot be
+    // held back.
+    for _ in 0..5 {
+        let (kind, counted) = removed_too_late(false).await;
+        assert_eq!(kind, BrokerErrorKind::Closed, "nobody else says it");
+        if counted == 0 {
+            return;
+        }
+    }
+    panic!("it must be seen before the ack, unless both are on their way at once");
 }
 
 #[tokio::test]

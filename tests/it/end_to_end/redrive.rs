@@ -250,6 +250,33 @@ async fn i1_a_letter_that_is_redriven_and_fails_again_and_again_is_a_dead_letter
 }
 
 #[tokio::test]
+async fn i1_a_strangers_letter_that_is_redriven_and_fails_can_be_redriven_again() {
+    for kind in KINDS {
+        let shop = Shop::new(kind).await;
+        let running = shop.open().await;
+        let place = dead(&shop.name);
+        match &shop.stranger {
+            Stranger::Rabbit(rabbit) => rabbit.send(&place, "m-0").await,
+            Stranger::Nats(nats) => nats.send(&place, "m-0").await,
+        }
+        shop.dead_letters_become(1).await;
+        for failures in 1..3 {
+            assert_eq!(shop.redrive().await.redriven, 1, "{kind:?}: {failures}");
+            running.until("it failed", |queue| queue.dead_letters.get("permanent") == Some(&failures)).await;
+            shop.dead_letters_become(1).await;
+            let generation = u32::try_from(failures).unwrap();
+            assert_eq!(shop.generations().await, [generation], "{kind:?}: and names its queue");
+            shop.dead_letters_become(1).await;
+        }
+        shop.mended.store(true, Ordering::Relaxed);
+        assert_eq!(shop.redrive().await.redriven, 1, "{kind:?}");
+        running.until("it is handled", |queue| queue.handled == 1).await;
+        shop.dead_letters_become(0).await;
+        running.stop().await;
+    }
+}
+
+#[tokio::test]
 async fn a_redriven_message_of_an_exchange_comes_back_to_its_queue_alone() {
     for kind in [Kind::Classic, Kind::Quorum] {
         let shop = Shop::new(kind).await;

@@ -2,7 +2,10 @@
 
 use std::time::SystemTime;
 
+use guestlist::admin::{Admin, Discard, Filter, Redrive, Summary};
+use guestlist::broker::copy::DeadLetter;
 use guestlist::broker::{Letter, Letters};
+use guestlist::dedup::MemoryStore;
 
 use super::*;
 
@@ -158,6 +161,80 @@ async fn a_stream_that_lets_nothing_be_deleted_shows_its_letters_and_names_the_s
     let refusal = refusal(walk.remove(letter.place).await);
     assert!(refusal.contains("deny_delete") && refusal.contains(&letterbox.stream), "{refusal}");
     assert_eq!(letterbox.bodies().await, ["kept"]);
+}
+
+/// A queue whose dead letters are here, its admin, and the name of the stream that redriven ones go to.
+async fn shop(letterbox: &Letterbox, name: &str) -> (Admin, String) {
+    let mut spec = queue("shop");
+    name.clone_into(&mut spec.name);
+    letterbox.nats.prepare(&spec).await.expect("prepared");
+    let queue = Queue::new(name).dead_letter(letterbox.subject.as_str()).store(MemoryStore::new());
+    let durable = name.replace('.', "_");
+    let admin = Admin::over(Arc::new(nats().await), queue).await.expect("an admin");
+    (admin, format!("guestlist-{durable}-{durable}-{}", durable.len()))
+}
+
+async fn redrive(admin: &Admin) -> Summary {
+    admin.redrive(Filter::new(), Redrive::new()).await.expect("begins").finish().await.expect("ends")
+}
+
+#[tokio::test]
+async fn i1_two_strangers_letters_that_say_the_same_go_back_as_two() {
+    let letterbox = Letterbox::new(|_| {}).await;
+    let (admin, own) = shop(&letterbox, &unique("twins")).await;
+    for _ in 0..2 {
+        letterbox.send("the same").await;
+    }
+    let summary = redrive(&admin).await;
+    assert_eq!((summary.redriven, letterbox.stored().await), (2, 0), "{summary}");
+    assert_eq!(stored(&letterbox.js, &own).await, 2, "both are there, and none was taken for the other");
+}
+
+#[tokio::test]
+async fn i1_letters_that_cannot_be_removed_are_not_sent_back_again_and_again() {
+    let letterbox = Letterbox::new(|config| config.deny_delete = true).await;
+    let (admin, own) = shop(&letterbox, &unique("kept")).await;
+    letterbox.send("kept").await;
+    for dry in [false, true] {
+        let (how, discard) = (Redrive::new(), Discard::new("tidying up"));
+        let (how, discard) = if dry { (how.dry_run(), discard.dry_run()) } else { (how, discard) };
+        let redriven = admin.redrive(Filter::new(), how).await.map(drop);
+        let discarded = admin.discard(Filter::new(), discard).await.map(drop);
+        for refused in [redriven, discarded] {
+            let error = refused.expect_err("refused before anything is done");
+            assert_eq!(error.broker(), Some(BrokerErrorKind::Refused), "{error:?}");
+            assert!(format!("{error:?}").contains("deny_delete"), "{error:?}");
+        }
+    }
+    assert_eq!(stored(&letterbox.js, &own).await, 0, "nothing was sent");
+    let mut letters = admin.letters(Filter::new()).await.expect("they can be read");
+    let letter = letters.next().await.expect("one").expect("shown");
+    assert!(admin.show(letter.id()).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_letter_of_a_loop_of_ones_own_goes_back_though_it_names_the_durable() {
+    let letterbox = Letterbox::new(|_| {}).await;
+    let name = unique("shop.charges");
+    let (admin, own) = shop(&letterbox, &name).await;
+    send(&letterbox.js, &name, "declined").await;
+    let durable = name.replace('.', "_");
+    let reader = letterbox.js.get_consumer_from_stream::<consumer::pull::Config, _, _>(&durable, &durable);
+    let mut messages =
+        reader.await.expect("the durable").fetch().max_messages(1).messages().await.expect("fetches");
+    let (failed, acker) = split(messages.next().await.expect("one").expect("read"));
+    assert_eq!(failed.source().queue, durable, "a loop of one's own knows no other name");
+    let told = Message::builder("").header("guestlist-cause", "permanent").build();
+    let record = DeadLetter::read(&told).expect("a record");
+    letterbox
+        .nats
+        .publish(&letterbox.place(), &Copy::dead_letter(&failed, &record))
+        .await
+        .expect("published");
+    acker.settle(Disposition::Ack).await.expect("acked");
+    let summary = redrive(&admin).await;
+    assert_eq!((summary.redriven, letterbox.stored().await), (1, 0), "{summary}");
+    assert_eq!(stored(&letterbox.js, &own).await, 1);
 }
 
 #[tokio::test]
