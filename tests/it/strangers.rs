@@ -177,6 +177,11 @@ async fn handle(Json(order): Json<Order>) -> Handled {
 
 const ATTEMPTS: usize = guestlist::defaults::MAX_ATTEMPTS as usize;
 
+/// How many deliveries are left to one that has had so many; it is delivered once in any case.
+fn left_after(attempts: usize) -> usize {
+    ATTEMPTS.saturating_sub(attempts).max(1)
+}
+
 /// Where a queue of this policy finds its ids.
 fn identity(policy: MissingId) -> Identity {
     match policy {
@@ -218,8 +223,9 @@ impl Fate {
             0 => Self::at_once(Outcome::HandledUnchecked),
             1 | 3 => Self {
                 outcome: Outcome::DeadLettered(Cause::Exhausted),
-                // The store counts. Without a claim nobody does, and the hint in a header ends it sooner.
-                deliveries: if !claimed && message.attempt() as usize >= ATTEMPTS { 1 } else { ATTEMPTS },
+                // The store counts. Without a claim nobody does, and the hint in a header ends it sooner: it is
+                // added to the deliveries.
+                deliveries: if claimed { ATTEMPTS } else { left_after(message.attempt() as usize - 1) },
             },
             _ => Self::parked(Cause::Permanent),
         }

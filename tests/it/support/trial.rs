@@ -20,7 +20,7 @@ const AT_ONCE: usize = 8;
 
 /// Over a server, a copy that waits asks again and again, the oftener the slower the machine: what comes later is one more
 /// question of the same kind, or meets its fault when the end comes sooner.
-const CALLS: usize = 40;
+const CALLS: usize = 20;
 
 /// What a handler does, and how often it should run.
 #[derive(Clone, Copy, Debug)]
