@@ -313,21 +313,33 @@ async fn a_walk_sees_that_its_queue_was_made_anew() {
 /// Two letters that RabbitMQ has taken back, since they were held for too long: the first was got, the other came by a
 /// consumer. Says how a removal of one of them ended, and how many of what is left count as failed deliveries.
 async fn removed_too_late(got: bool) -> (BrokerErrorKind, usize) {
+    for patience in [1500, 5000, 12_000] {
+        if let Some(end) = removed_after(patience, got).await {
+            return end;
+        }
+    }
+    panic!("two letters are not taken within 12 s")
+}
+
+/// Nothing if the letters were taken back before the first removal: the machine is busy.
+async fn removed_after(patience: i32, got: bool) -> Option<(BrokerErrorKind, usize)> {
     let (rabbit, name) = (Rabbit::new().await, unique("letters_timeout"));
-    let impatient = ("x-consumer-timeout", AMQPValue::LongInt(1500));
+    let impatient = ("x-consumer-timeout", AMQPValue::LongInt(patience));
     rabbit.declare(&name, &[("x-queue-type", text("quorum")), impatient]).await;
     rabbit.send(&name, "0").await;
     rabbit.send(&name, "1").await;
     rabbit.ready_becomes(&name, 2).await;
     let broker = Amqp::connect(&url()).await.unwrap();
     let mut walk = broker.letters(&Destination::new(name.as_str())).await.unwrap();
-    let letters = take(&mut walk, 2).await;
-    walk.remove(letters[usize::from(got)].place).await.unwrap();
+    let first = step(&mut walk).await.ok()??;
+    let second = step(&mut walk).await.ok()??;
+    let (early, late) = if got { (second, first) } else { (first, second) };
+    walk.remove(early.place).await.ok()?;
     rabbit.ready_becomes(&name, 1).await;
-    let removed = walk.remove(letters[usize::from(!got)].place).await;
+    let removed = walk.remove(late.place).await;
     drop(walk);
     rabbit.ready_becomes(&name, 1).await;
-    (removed.unwrap_err().kind(), counted(&rabbit, &name).await)
+    Some((removed.unwrap_err().kind(), counted(&rabbit, &name).await))
 }
 
 #[tokio::test]
@@ -335,17 +347,22 @@ async fn i1_what_the_broker_has_taken_back_is_not_said_to_be_removed() {
     if !current() {
         return;
     }
-    assert_eq!(removed_too_late(true).await.0, BrokerErrorKind::Refused, "the channel is closed");
+    // The broker closes the channel for the ack. Its reason is not heard by a question that is asked a moment too late.
+    let (kind, _) = removed_too_late(true).await;
+    assert!(matches!(kind, BrokerErrorKind::Refused | BrokerErrorKind::Unreachable), "{kind:?}");
     // An ack revives the consumer, and what it is handed then is counted. One that crosses the broker's word cannot be
     // held back.
-    for _ in 0..5 {
-        let (kind, counted) = removed_too_late(false).await;
-        assert_eq!(kind, BrokerErrorKind::Closed, "nobody else says it");
-        if counted == 0 {
-            return;
+    let seen_before_the_ack = async {
+        loop {
+            let (kind, counted) = removed_too_late(false).await;
+            assert_eq!(kind, BrokerErrorKind::Closed, "nobody else says it");
+            if counted == 0 {
+                break;
+            }
         }
-    }
-    panic!("it must be seen before the ack, unless both are on their way at once");
+    };
+    let within = timeout(2 * PATIENCE, seen_before_the_ack).await;
+    within.expect("it must be seen before the ack, unless both are on their way at once");
 }
 
 #[tokio::test]
