@@ -2,6 +2,8 @@
 
 #[cfg(feature = "durable")]
 pub mod durable;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+mod lanes;
 mod memory;
 #[cfg(feature = "nats")]
 pub mod nats_kv;

@@ -5,6 +5,7 @@
 //! no prepared statement, and work behind every pooler without a setting.
 
 use std::fmt::Write;
+use std::str::FromStr;
 use std::time::Duration;
 
 use sqlx::Row;
@@ -12,9 +13,9 @@ use sqlx::postgres::PgRow;
 
 use super::error;
 use super::names::Names;
-use crate::DedupKey;
 use crate::dedup::StoreError;
 use crate::dedup::protocol::{Ask, Before, Claim, Digest, Fence, Held, Record, Release, Run, State, Token};
+use crate::{BoxError, DedupKey};
 
 /// No length is longer: a time plus two of them, a backoff and the retention, stays within a `bigint`. It is 73,000 years.
 pub(super) const LONGEST: u64 = 1 << 61;
@@ -107,7 +108,7 @@ impl Call {
         let Self { op, token, fence, length, keep, generation, alone, .. } = self;
         let (Names { schema, table }, key, digest) = (names, hex_of(&self.key), quoted(self.digest));
         format!(
-            "select 1::bigint, s.* from \"{schema}\".\"{table}_step_v2\"({op}, '{key}', '{token:?}', {fence}, {length}, {keep}, {generation}, {digest}, {alone}) s"
+            "select 1::bigint, \"{schema}\".\"{table}_step_v2\"({op}, '{key}', '{token:?}', {fence}, {length}, {keep}, {generation}, {digest}, {alone})"
         )
     }
 }
@@ -116,7 +117,8 @@ impl Call {
 fn statement_of_many(names: &Names, calls: &[Call]) -> String {
     let Names { schema, table } = names;
     let mut text = String::with_capacity(400 + calls.len() * 200);
-    text.push_str("select a.n, s.* from unnest(");
+    let values = "a.op, a.k, a.token, a.fence, a.length, a.keep, a.generation, a.digest, a.alone";
+    let _ = write!(text, "select a.n, \"{schema}\".\"{table}_step_v2\"({values}) from unnest(");
     let mut array = |of: &str, item: &dyn Fn(&Call, &mut String)| {
         text.push_str("'{");
         for (i, call) in calls.iter().enumerate() {
@@ -141,11 +143,7 @@ fn statement_of_many(names: &Names, calls: &[Call]) -> String {
     array("boolean", &|call, to| put(to, call.alone));
     text.pop();
     let columns = "op, k, token, fence, length, keep, generation, digest, alone";
-    let values = "a.op, a.k, a.token, a.fence, a.length, a.keep, a.generation, a.digest, a.alone";
-    let _ = write!(
-        text,
-        ") with ordinality a({columns}, n) cross join lateral \"{schema}\".\"{table}_step_v2\"({values}) s"
-    );
+    let _ = write!(text, ") with ordinality a({columns}, n)");
     text
 }
 
@@ -172,15 +170,24 @@ impl Answer {
     /// A row: the number of the step, and its answer.
     pub(super) fn of_row(row: &PgRow) -> Result<(usize, Self), sqlx::Error> {
         let number: i64 = row.try_get(0)?;
-        let answer = Self {
-            code: row.try_get(1)?,
-            busy_for: row.try_get(2)?,
-            fence: row.try_get(3)?,
-            attempt: row.try_get(4)?,
-            before: row.try_get(5)?,
-            digest: uuid_at(row, 6)?,
-        };
+        let answer = Self::read(row.try_get_unchecked(1)?)?;
         Ok((usize::try_from(number).unwrap_or(0), answer))
+    }
+
+    /// Of the text of a row in a row, like `(0,,17,1,0,)`. With the function in the `from` clause its columns would be
+    /// the row's own, but the server took a tenth of the time more.
+    fn read(text: &str) -> Result<Self, sqlx::Error> {
+        let mut fields =
+            text.strip_prefix('(').and_then(|text| text.strip_suffix(')')).unwrap_or("").split(',');
+        let mut next = || fields.next().unwrap_or("");
+        Ok(Self {
+            code: field(next())?.ok_or_else(|| sqlx::Error::Decode("there is no answer".into()))?,
+            busy_for: field(next())?,
+            fence: field(next())?,
+            attempt: field(next())?,
+            before: field(next())?,
+            digest: bits_of(next())?,
+        })
     }
 
     /// Another transaction changes the record right now.
@@ -286,9 +293,26 @@ fn state_of(state: i16, until: u64) -> Result<State, StoreError> {
 
 /// The simple protocol answers in text.
 fn uuid_at(row: &PgRow, column: usize) -> Result<Option<u128>, sqlx::Error> {
-    let text: Option<&str> = row.try_get_unchecked(column)?;
-    let bits = text.map(|text| u128::from_str_radix(&text.replace('-', ""), 16)).transpose();
-    bits.map_err(|error| sqlx::Error::Decode(error.into()))
+    bits_of(row.try_get_unchecked::<Option<&str>, _>(column)?.unwrap_or(""))
+}
+
+fn bits_of(uuid: &str) -> Result<Option<u128>, sqlx::Error> {
+    if uuid.is_empty() {
+        return Ok(None);
+    }
+    let bits = u128::from_str_radix(&uuid.replace('-', ""), 16);
+    bits.map(Some).map_err(|error| sqlx::Error::Decode(error.into()))
+}
+
+/// Nothing between two commas is null.
+fn field<T>(text: &str) -> Result<Option<T>, sqlx::Error>
+where
+    T: FromStr<Err: Into<BoxError>>,
+{
+    if text.is_empty() {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|error: T::Err| sqlx::Error::Decode(error.into()))
 }
 
 fn unsigned(number: i64) -> u64 {
@@ -320,5 +344,18 @@ mod tests {
         assert_eq!(micros(Duration::from_nanos(1)), 1);
         assert_eq!(micros(Duration::from_secs(1)), 1_000_000);
         assert_eq!(micros(Duration::MAX), LONGEST);
+    }
+
+    #[test]
+    fn an_answer_is_read_whole_or_not_at_all() {
+        let digest = "00000000-0000-0000-0000-0000000000ff";
+        let answer = Answer::read(&format!("(0,12,9223372036854775807,4,1,{digest})")).unwrap();
+        assert_eq!((answer.code, answer.busy_for, answer.fence), (0, Some(12), Some(i64::MAX)));
+        assert_eq!((answer.attempt, answer.before, answer.digest), (Some(4), Some(1), Some(0xff)));
+        let answer = Answer::read("(12,,,,,)").unwrap();
+        assert_eq!((answer.code, answer.busy_for, answer.digest), (12, None, None));
+        for wrong in ["", "()", "(,1,1,1,1,)", "(70000,,,,,)", "(0,,x,1,0,)", "(0,,1,1,0,xyz)", "0,,1,1,0,"] {
+            Answer::read(wrong).expect_err(wrong);
+        }
     }
 }

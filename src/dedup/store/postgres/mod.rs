@@ -4,9 +4,9 @@ mod builder;
 mod call;
 mod connections;
 mod error;
-mod lanes;
 mod names;
 mod sight;
+mod steps;
 mod sweep;
 
 use std::fmt;
@@ -19,9 +19,9 @@ pub use self::builder::PostgresStoreBuilder;
 use self::call::Call;
 pub(crate) use self::call::{NOW, hex_of as key_of, micros};
 use self::connections::Connections;
-use self::lanes::Lanes;
 use self::names::Names;
 pub(crate) use self::sight::Sighting;
+use self::steps::Steps;
 use super::{DedupStore, StoreError, StoreFeatures};
 use crate::DedupKey;
 use crate::dedup::protocol::{Ask, Claim, Held, Record, Release, Run};
@@ -62,7 +62,7 @@ const HELD: Duration = Duration::from_secs(10);
 pub struct PostgresStore {
     connections: Connections,
     names: Names,
-    lanes: Lanes,
+    steps: Steps,
 }
 
 impl PostgresStore {
@@ -96,8 +96,8 @@ impl PostgresStore {
     }
 
     fn of(connections: Connections, names: Names, most: usize) -> Self {
-        let lanes = Lanes::new(connections.clone(), names.clone(), most);
-        Self { connections, names, lanes }
+        let steps = Steps::new(connections.clone(), names.clone(), most);
+        Self { connections, names, steps }
     }
 
     /// Whether all is there, and writable.
@@ -135,14 +135,14 @@ impl PostgresStore {
     }
 
     async fn held(&self, call: Call) -> Result<Held, StoreError> {
-        self.lanes.step(call, HELD).await?.held()
+        self.steps.step(call, HELD).await?.held()
     }
 }
 
 #[async_trait]
 impl DedupStore for PostgresStore {
     async fn claim(&self, key: &DedupKey, ask: &Ask) -> Result<Claim, StoreError> {
-        self.lanes.step(Call::claim(key, ask), CLAIM).await?.claim()
+        self.steps.step(Call::claim(key, ask), CLAIM).await?.claim()
     }
 
     async fn renew(&self, key: &DedupKey, run: Run, lease: Duration) -> Result<Held, StoreError> {

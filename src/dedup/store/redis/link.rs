@@ -4,6 +4,7 @@
 //! that only times out (a peer that vanished without a word) until the kernel gives up on it, after many
 //! minutes; it keeps one to a former master, now read-only; and after a refusal in the handshake it stays broken for ever.
 
+use std::pin::pin;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -24,7 +25,7 @@ const DOUBT: Duration = Duration::from_millis(250);
 /// A connection that was replaced sooner than this after it was made is not replaced at once again.
 const STEADY: Duration = Duration::from_secs(2);
 
-/// A connection of either kind. Cheap to clone; what is in flight on an old clone may still end well.
+/// A connection of either kind. Cheap to clone.
 #[derive(Clone)]
 pub(super) enum Connection {
     Node(MultiplexedConnection),
@@ -89,22 +90,45 @@ impl Link {
         }
     }
 
-    /// Asks, once.
+    /// Asks, once. Errors in a list of answers stay in it.
     pub(super) async fn ask_once(&self, command: &Cmd) -> Result<Value, RedisError> {
         let mut live = self.live().await?;
-        let unanswered =
-            Unanswered { link: self, number: live.number, since: Instant::now(), answered: false };
-        let answer = live.connection.ask(command).await;
-        unanswered.answered();
-        match answer {
-            Ok(answer) => answer.extract_error(),
-            Err(error) => Err(error),
+        let answer = match self.unless_replaced(live.number, live.connection.ask(command)).await {
+            Ok(Value::ServerError(error)) => Err(error.into()),
+            answer => answer,
+        };
+        if let Some(error) = error_in(&answer).filter(spoils_the_connection) {
+            self.replace(live.number, &error);
         }
-        .inspect_err(|error| {
-            if spoils_the_connection(error) {
-                self.replace(live.number, error);
-            }
-        })
+        answer
+    }
+
+    /// What is in flight on a connection that somebody doubts may still end well, but nobody waits for it: others wait
+    /// behind it.
+    async fn unless_replaced(
+        &self,
+        number: u64,
+        answer: impl Future<Output = Result<Value, RedisError>>,
+    ) -> Result<Value, RedisError> {
+        let mut answer = pin!(answer);
+        if let Ok(answer) = timeout(DOUBT, &mut answer).await {
+            return answer;
+        }
+        let mut state = self.0.state.subscribe();
+        let replaced = state.wait_for(|state| !matches!(state, State::Up(live) if live.number == number));
+        tokio::select! {
+            answer = answer => answer,
+            _ = replaced => Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()),
+        }
+    }
+
+    /// A call that begins, to be [`answered`](Unanswered::answered).
+    pub(super) fn unanswered(&self) -> Unanswered<'_> {
+        let number = match &*self.0.state.borrow() {
+            State::Up(live) => Some(live.number),
+            State::Down(_) => None,
+        };
+        Unanswered { link: self, number, since: Instant::now() }
     }
 
     /// The connection; while there is none, what comes of the attempt to make one.
@@ -172,6 +196,18 @@ async fn reconnect(link: Weak<Inner>, lost: Live) {
     }
 }
 
+/// The error, or the first one in a list of answers.
+fn error_in(answer: &Result<Value, RedisError>) -> Option<RedisError> {
+    match answer {
+        Err(error) => Some(error.clone()),
+        Ok(Value::Array(answers)) => answers.iter().find_map(|answer| match answer {
+            Value::ServerError(error) => Some(error.clone().into()),
+            _ => None,
+        }),
+        Ok(_) => None,
+    }
+}
+
 /// Whether the next call fares better on another connection.
 fn spoils_the_connection(error: &RedisError) -> bool {
     let moved_on =
@@ -185,24 +221,24 @@ pub(super) fn says_read_only(error: &RedisError) -> bool {
 }
 
 /// A call under way. The layer's deadline is often shorter than ours, and only drops it.
-struct Unanswered<'a> {
+pub(super) struct Unanswered<'a> {
     link: &'a Link,
-    number: u64,
+    /// Of the connection when the call began.
+    number: Option<u64>,
     since: Instant,
-    answered: bool,
 }
 
 impl Unanswered<'_> {
-    fn answered(mut self) {
-        self.answered = true;
+    pub(super) fn answered(mut self) {
+        self.number = None;
     }
 }
 
 impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
-        if !self.answered && self.since.elapsed() >= DOUBT {
+        if let Some(number) = self.number.filter(|_| self.since.elapsed() >= DOUBT) {
             let why = std::io::Error::from(std::io::ErrorKind::TimedOut);
-            self.link.replace(self.number, &why.into());
+            self.link.replace(number, &why.into());
         }
     }
 }

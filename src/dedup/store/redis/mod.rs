@@ -2,7 +2,7 @@
 
 mod link;
 mod record;
-mod script;
+mod steps;
 mod target;
 #[cfg(test)]
 mod tests;
@@ -16,7 +16,7 @@ use redis::{ErrorKind, RedisError, ServerErrorKind, Value};
 
 use self::link::{Link, says_read_only};
 use self::record::Unintelligible;
-use self::script::Transition;
+use self::steps::{Step, Steps};
 use self::target::{Address, Extras};
 use super::{DedupStore, StoreError, StoreFeatures};
 use crate::dedup::protocol::{Ask, Claim, Held, Record, Release, Run};
@@ -46,6 +46,7 @@ use crate::{DedupKey, defaults};
 #[derive(Clone)]
 pub struct RedisStore {
     link: Link,
+    steps: Steps,
     prefix: Arc<str>,
 }
 
@@ -102,25 +103,15 @@ impl RedisStore {
         format!("{}{key}", self.prefix)
     }
 
-    async fn run(
-        &self,
-        what: &'static str,
-        transition: &Transition,
-        key: &DedupKey,
-        argument: &[u8],
-    ) -> Result<Value, StoreError> {
-        let answer = transition.run(&self.link, self.redis_key(key).as_bytes(), argument).await;
+    async fn step(&self, what: &'static str, key: &DedupKey, argument: Vec<u8>) -> Result<Value, StoreError> {
+        let unanswered = self.link.unanswered();
+        let answer = self.steps.step(Step { key: self.redis_key(key), argument }).await?;
+        unanswered.answered();
         answer.map_err(|error| failed(what, error))
     }
 
-    async fn held(
-        &self,
-        what: &'static str,
-        transition: &Transition,
-        key: &DedupKey,
-        argument: &[u8],
-    ) -> Result<Held, StoreError> {
-        match self.run(what, transition, key, argument).await? {
+    async fn held(&self, what: &'static str, key: &DedupKey, argument: Vec<u8>) -> Result<Held, StoreError> {
+        match self.step(what, key, argument).await? {
             Value::Int(code) => record::held(code).map_err(|Unintelligible| unintelligible(what)),
             other => Err(not_ours(what, &other)),
         }
@@ -195,7 +186,7 @@ impl RedisStoreBuilder {
             StoreError::new(format!("no connection to {name}: {}", advice(&error))).with_source(error)
         })?;
         let prefix = prefix.unwrap_or_else(|| defaults::REDIS_PREFIX.to_owned()).into();
-        let store = RedisStore { link, prefix };
+        let store = RedisStore { steps: Steps::over(link.clone()), link, prefix };
         // A wrong database, a forbidden script or a foreign prefix shows here, not with the first message.
         store.inspect(&DedupKey::from_bytes([0; 16])).await?;
         store.check_eviction().await;
@@ -265,7 +256,7 @@ fn not_ours(what: &str, answer: &Value) -> StoreError {
 impl DedupStore for RedisStore {
     async fn claim(&self, key: &DedupKey, ask: &Ask) -> Result<Claim, StoreError> {
         let what = "claim";
-        match self.run(what, &script::CLAIM, key, &record::ask(ask)).await? {
+        match self.step(what, key, record::claim_of(ask)).await? {
             Value::BulkString(bytes) if !bytes.starts_with(b"V") => {
                 record::claim(&bytes).map_err(|Unintelligible| unintelligible(what))
             }
@@ -274,20 +265,20 @@ impl DedupStore for RedisStore {
     }
 
     async fn renew(&self, key: &DedupKey, run: Run, lease: Duration) -> Result<Held, StoreError> {
-        self.held("renew", &script::RENEW, key, &record::renewal(run, lease)).await
+        self.held("renew", key, record::renewal(run, lease)).await
     }
 
     async fn complete(&self, key: &DedupKey, run: Run, window: Duration) -> Result<Held, StoreError> {
-        self.held("complete", &script::COMPLETE, key, &record::completion(run, window)).await
+        self.held("complete", key, record::completion(run, window)).await
     }
 
     async fn release(&self, key: &DedupKey, run: Run, why: Release) -> Result<Held, StoreError> {
-        self.held("release", &script::RELEASE, key, &record::release(run, why)).await
+        self.held("release", key, record::release(run, why)).await
     }
 
     async fn inspect(&self, key: &DedupKey) -> Result<Option<Record>, StoreError> {
         let what = "inspect";
-        match self.run(what, &script::INSPECT, key, &[]).await? {
+        match self.step(what, key, record::inspection()).await? {
             Value::Nil => Ok(None),
             Value::BulkString(bytes) if !bytes.starts_with(b"V") => {
                 record::record(&bytes).map(Some).map_err(|Unintelligible| unintelligible(what))
@@ -299,7 +290,7 @@ impl DedupStore for RedisStore {
     async fn forget(&self, key: &DedupKey) -> Result<bool, StoreError> {
         // Asked again after a lost answer it says that there was nothing.
         let what = "forget";
-        match self.run(what, &script::FORGET, key, &[]).await? {
+        match self.step(what, key, record::removal()).await? {
             Value::Int(code) => Ok(code == 1),
             other => Err(not_ours(what, &other)),
         }
@@ -316,7 +307,7 @@ impl fmt::Debug for RedisStore {
         f.debug_struct("RedisStore")
             .field("redis", &format_args!("{}", self.link.target()))
             .field("prefix", &self.prefix)
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 

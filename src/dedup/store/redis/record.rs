@@ -1,4 +1,4 @@
-//! Arguments, answers and records as bytes: one argument and one answer per call.
+//! Arguments, answers and records as bytes: one argument and one answer per step.
 
 use std::time::Duration;
 
@@ -16,8 +16,9 @@ fn length(duration: Duration) -> [u8; 8] {
     micros.to_le_bytes()
 }
 
-pub(super) fn ask(ask: &Ask) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(53);
+pub(super) fn claim_of(ask: &Ask) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(54);
+    bytes.push(b'c');
     bytes.extend(ask.token.bits().to_le_bytes());
     bytes.extend(length(ask.lease));
     bytes.extend(length(ask.retain));
@@ -28,12 +29,12 @@ pub(super) fn ask(ask: &Ask) -> Vec<u8> {
 }
 
 pub(super) fn renewal(run: Run, lease: Duration) -> Vec<u8> {
-    [&run.token.bits().to_le_bytes()[..], &length(lease)].concat()
+    [b"n", &run.token.bits().to_le_bytes()[..], &length(lease)].concat()
 }
 
 pub(super) fn completion(run: Run, window: Duration) -> Vec<u8> {
     let fence = run.fence.0.min(FOREVER).to_le_bytes();
-    [&run.token.bits().to_le_bytes()[..], &fence, &length(window)].concat()
+    [b"d", &run.token.bits().to_le_bytes()[..], &fence, &length(window)].concat()
 }
 
 pub(super) fn release(run: Run, why: Release) -> Vec<u8> {
@@ -44,7 +45,15 @@ pub(super) fn release(run: Run, why: Release) -> Vec<u8> {
         Release::Interrupted => (3, Duration::ZERO),
         Release::DeadLettered => (4, Duration::ZERO),
     };
-    [&run.token.bits().to_le_bytes()[..], &[code], &length(delay)].concat()
+    [b"r", &run.token.bits().to_le_bytes()[..], &[code], &length(delay)].concat()
+}
+
+pub(super) fn inspection() -> Vec<u8> {
+    b"i".to_vec()
+}
+
+pub(super) fn removal() -> Vec<u8> {
+    b"f".to_vec()
 }
 
 /// An answer that no script of ours gives.
@@ -79,7 +88,7 @@ pub(super) fn claim(answer: &[u8]) -> Read<Claim> {
     })
 }
 
-/// A record of format 1, see `record.lua`.
+/// A record of format 1, see `step.lua`.
 pub(super) fn record(bytes: &[u8]) -> Read<Record> {
     let mut bytes = Reader(bytes);
     if bytes.byte()? != 1 {

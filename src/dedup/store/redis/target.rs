@@ -272,6 +272,10 @@ enum Reach {
 }
 
 impl Target {
+    pub(super) fn is_cluster(&self) -> bool {
+        matches!(self.reach, Reach::Cluster(_))
+    }
+
     /// A new connection, to the master of now.
     pub(super) async fn open(&self) -> Result<Connection, RedisError> {
         let late = |_| RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut));

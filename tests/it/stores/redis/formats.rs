@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use guestlist::dedup::protocol::{Ask, Before, Claim, Fence, Held, Release, Run, State, Token};
 use guestlist::dedup::{DedupStore, RedisStore, StoreError};
 
@@ -93,6 +94,21 @@ async fn somebody_elses_data_under_the_prefix_is_an_error() {
     for error in errors(&store).await {
         assert!(error.to_string().contains("holds something else"), "{error}");
     }
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_one_key_is_no_error_of_the_steps_beside_it() {
+    let (store, plain) = (own_store().await, Plain::shared().await);
+    let _: u32 = plain.ask(&format!("LPUSH {} theirs", store.redis_key(&key(1)))).await;
+    plain.set(&store.redis_key(&key(2)), b"\x02from the future").await;
+    // At once, so that one run of the script makes them all.
+    let keys: Vec<_> = (0..4).map(key).collect();
+    let claims = keys.iter().map(|key| async { store.claim(key, &ask()).await });
+    let claims = join_all(claims).await;
+    assert!(matches!(claims[0], Ok(Claim::Acquired { attempt: 1, .. })), "{claims:?}");
+    assert!(claims[1].as_ref().unwrap_err().to_string().contains("holds something else"), "{claims:?}");
+    assert!(claims[2].as_ref().unwrap_err().to_string().contains("format 2"), "{claims:?}");
+    assert!(matches!(claims[3], Ok(Claim::Acquired { attempt: 1, .. })), "{claims:?}");
 }
 
 #[tokio::test]

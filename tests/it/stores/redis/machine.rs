@@ -174,6 +174,19 @@ fn record_between(low: &Record, got: &Record, high: &Record) -> bool {
         && ordered.into_iter().all(|((low, got), high)| low <= got && got <= high)
 }
 
+/// Steps that are asked for at once are made by one run of the script: this one between others, on other keys.
+async fn in_company<T>(step: impl Future<Output = T>, store: &RedisStore, random: &mut StdRng) -> T {
+    let strangers = [KEYS, KEYS + 1].map(|number| key(number + random.random_range(0..5)));
+    let ask = Ask::new(token(random), length(random), length(random));
+    let why = release(random);
+    let run = Run { token: token(random), fence: Fence(1) };
+    let (claimed, answer, released) =
+        tokio::join!(store.claim(&strangers[0], &ask), step, store.release(&strangers[1], run, why));
+    claimed.unwrap();
+    released.unwrap();
+    answer
+}
+
 /// What the machine and the store make of one key.
 #[derive(Default)]
 struct Tally {
@@ -195,7 +208,11 @@ async fn compare(seed: u64, stores: &[RedisStore; 2], plain: &Plain) -> Tally {
         let store = stores.choose(&mut random).unwrap();
 
         let before = plain.time().await;
-        let got = call.on_the_store(store, plain, &key).await;
+        let got = if random.random() {
+            in_company(call.on_the_store(store, plain, &key), store, &mut random).await
+        } else {
+            call.on_the_store(store, plain, &key).await
+        };
         let after = plain.time().await;
 
         let (low_record, low) = call.on_the_machine(before, record);

@@ -1,3 +1,0 @@
-redis.call('DEL', key)
-if live then return 1 end
-return 0

@@ -1,2 +1,0 @@
-if live then return old end
-return false

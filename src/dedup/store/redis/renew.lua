@@ -1,5 +1,0 @@
-local by, lease = struct.unpack('<c16I8', ARGV[1])
-local answer = 0
-if not live then return 2 end
-if token ~= by or state ~= CLAIMED then return 1 end
-till = min(now + max(lease, 1), FOREVER)
