@@ -63,6 +63,23 @@ declare
     -- A claim looks first: most of its refusals change nothing, and need no lock.
     lock   boolean := op <> 0;
 begin
+    -- Most claims are of new ids, and made here by one statement. The look is for the others: to find the conflict by
+    -- inserting costs a number of the sequence, which everybody shares.
+    if op = 0 then
+        at := extract(epoch from clock_timestamp()) * 1000000;
+        insert into "{schema}"."{table}"
+            (key, token, digest, fence, attempt, generation, until, retain, kept_until, version,
+             state, before, interruptions, suspect)
+        select its_key, its_token, its_digest, nextval('"{schema}"."{table}_fence"'), 1, its_generation,
+               at + greatest(length, 1), keep, at + greatest(keep, length, 1), 1, 0, 0, 0, false
+         where not exists (select from "{schema}"."{table}" t where t.key = its_key)
+        on conflict (key) do nothing
+        returning fence, attempt, before, digest into got_fence, got_attempt, got_before, got_digest;
+        if found then
+            answer := 0;
+            return;
+        end if;
+    end if;
     loop
         -- Nobody waits for a row: an inbox transaction in doubt may hold one for long, and a statement
         -- that waits would keep the other claims beside it waiting, and their connection.
