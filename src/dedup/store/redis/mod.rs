@@ -27,7 +27,8 @@ use crate::{DedupKey, defaults};
 ///
 /// # What it promises, and what not
 ///
-/// 1. Each call is one Lua script on one key, by the server's clock: one round trip, atomic, also in a cluster.
+/// 1. Each call is one step of a Lua script on one key, by the server's clock: one round trip, atomic, also in a
+///    cluster. Calls that come together share runs of the script.
 /// 2. What is lost lets ids run again and never suppresses one. Replication is asynchronous, so a failover may
 ///    lose the last claims and completions; so may a crash without `appendfsync always`; a server without
 ///    persistence forgets everything.
@@ -236,7 +237,7 @@ fn unintelligible(what: &str) -> StoreError {
     StoreError::new(format!("Redis did not {what}: its answer makes no sense"))
 }
 
-/// The scripts answer `V` and a number for a record that they cannot read.
+/// The script answers `V` and a number for a record that they cannot read.
 fn not_ours(what: &str, answer: &Value) -> StoreError {
     let bytes = if let Value::BulkString(bytes) = answer { &bytes[..] } else { &[] };
     match bytes.strip_prefix(b"V") {

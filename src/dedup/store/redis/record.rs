@@ -6,7 +6,7 @@ use crate::dedup::protocol::{
     Ask, Before, Claim, Digest, Fence, Held, Micros, Record, Release, Run, State, Token,
 };
 
-/// The scripts count in doubles, exact up to here; so many microseconds (285 years) are "for ever".
+/// The script counts in doubles, exact up to here; so many microseconds (285 years) are "for ever".
 const FOREVER: u64 = (1 << 53) - 1;
 
 /// Longer ones are for ever, and none but zero is zero.
@@ -56,7 +56,7 @@ pub(super) fn removal() -> Vec<u8> {
     b"f".to_vec()
 }
 
-/// An answer that no script of ours gives.
+/// An answer that our script does not give.
 #[derive(Debug)]
 pub(super) struct Unintelligible;
 

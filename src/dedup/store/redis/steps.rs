@@ -1,7 +1,10 @@
 //! The steps of the protocol, by one script that Redis runs as one atomic step itself.
 
-use std::sync::LazyLock;
+use std::slice;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 
+use futures_util::future::join_all;
 use redis::{Cmd, ErrorKind, RedisError, Script, ServerErrorKind, Value};
 
 use super::link::Link;
@@ -24,30 +27,32 @@ pub(super) struct Step {
 }
 
 #[derive(Clone)]
-pub(super) enum Steps {
-    /// Several in a round trip, if many are in flight.
-    Shared(Lanes<Redis>),
-    /// A cluster runs no script for keys on several of its nodes.
-    Single(Link),
+pub(super) struct Steps {
+    link: Link,
+    lanes: Lanes<Redis>,
+    /// The keys are on several nodes, behind a cluster's client or a proxy: none runs a script for keys of another, and
+    /// one that is slow or gone is to hold up nobody's but its own.
+    spread: Arc<AtomicBool>,
 }
 
-pub(super) struct Redis(Link);
+struct Redis {
+    link: Link,
+    spread: Arc<AtomicBool>,
+}
 
 impl Steps {
     pub(super) fn over(link: Link) -> Self {
-        if link.target().is_cluster() {
-            Self::Single(link)
-        } else {
-            Self::Shared(Lanes::to(Redis(link), LIMITS))
-        }
+        let spread = Arc::new(AtomicBool::new(link.target().is_cluster()));
+        let server = Redis { link: link.clone(), spread: Arc::clone(&spread) };
+        Self { link, lanes: Lanes::to(server, LIMITS), spread }
     }
 
     /// The outer error is one of this side.
     pub(super) async fn step(&self, step: Step) -> Result<Result<Value, RedisError>, StoreError> {
-        match self {
-            Self::Shared(lanes) => lanes.call(step).await,
-            Self::Single(link) => Ok(run(link, &[step]).await),
+        if self.spread.load(Ordering::Relaxed) {
+            return Ok(run(&self.link, &[step]).await);
         }
+        self.lanes.call(step).await
     }
 }
 
@@ -56,13 +61,21 @@ impl Server for Redis {
     type Answer = Result<Value, RedisError>;
 
     async fn serve(&self, steps: Vec<Step>) -> Vec<Self::Answer> {
-        match (run(&self.0, &steps).await, steps.len()) {
+        match (run(&self.link, &steps).await, steps.len()) {
             (answer, 1) => vec![answer],
             (Ok(Value::Array(answers)), _) => answers.into_iter().map(Value::extract_error).collect(),
             (Ok(_), count) => vec![Err(not_a_list()); count],
+            (Err(error), _) if is_cross_slot(&error) => {
+                self.spread.store(true, Ordering::Relaxed);
+                join_all(steps.iter().map(|step| run(&self.link, slice::from_ref(step)))).await
+            }
             (Err(error), count) => vec![Err(error); count],
         }
     }
+}
+
+fn is_cross_slot(error: &RedisError) -> bool {
+    error.kind() == ErrorKind::Server(ServerErrorKind::CrossSlot)
 }
 
 /// Runs the script. By its hash; a server that does not know it (new, restarted, flushed, failed over) gets the text,

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use guestlist::dedup::protocol::{Ask, Claim, Held, Token};
 use guestlist::dedup::{DedupStore, RedisStore};
 
@@ -70,6 +71,31 @@ impl Cluster {
         }
         unreachable!("every node has keys")
     }
+}
+
+/// As behind a proxy of a cluster that looks like one server: it runs no script for the keys of two slots.
+#[tokio::test]
+async fn keys_of_several_slots_behind_one_address_go_one_by_one() {
+    let node = Server::start("cluster-enabled yes").await;
+    let plain = node.plain().await;
+    let () = plain.ask("CLUSTER ADDSLOTSRANGE 0 16383").await;
+    until("the cluster is well", || async {
+        plain.ask::<String>("CLUSTER INFO").await.contains("cluster_state:ok")
+    })
+    .await;
+    let store = RedisStore::connect(&node.url()).await.unwrap();
+    for numbers in [1..40, 40..80] {
+        join_all(numbers.map(|number| finish(&store, number))).await;
+    }
+    let stats: String = plain.ask("INFO commandstats").await;
+    let count = |of: &str, what: &str| -> u32 {
+        let line = stats.lines().find(|line| line.starts_with(of)).unwrap();
+        let count = line.split(what).nth(1).unwrap();
+        count.split(',').next().unwrap().parse().unwrap()
+    };
+    assert_eq!(count("cmdstat_set:", "calls="), 2 * 79, "{stats}");
+    // Once for each of the runs that were on their way together.
+    assert!((1..=4).contains(&count("cmdstat_evalsha:", "rejected_calls=")), "{stats}");
 }
 
 #[tokio::test]
