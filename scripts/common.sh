@@ -202,7 +202,9 @@ def first_words(kind):
     if kind == "nats":
         return b"", lambda data: data.endswith(b"\r\n")
     if kind == "redis":
-        return b"INFO server\r\n", lambda data: data[:1] == b"-" or data.endswith(b"\r\n\r\n") or b"executable" in data
+        # $LENGTH, and as many bytes.
+        whole = lambda data: b"\r\n" in data and len(data) >= data.index(b"\r\n") + int(data[1:data.index(b"\r\n")]) + 4
+        return b"INFO\r\n", lambda data: data[:1] == b"-" or whole(data)
     if kind == "postgres":
         # ReadyForQuery ends a start that worked, an error one that did not ("is starting up").
         hello = b"\0\x03\0\0user\0postgres\0database\0postgres\0\0"
@@ -228,7 +230,9 @@ def wait(kind, port, pid, seconds):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
-            if greeting(kind, "127.0.0.1", port):
+            said = greeting(kind, "127.0.0.1", port)
+            # It says of itself that it still reads its data.
+            if said and b"\r\nloading:1" not in said:
                 return 0
         except OSError:
             pass

@@ -16,11 +16,20 @@ use super::StoreError;
 
 /// What is at the other end of the lanes.
 pub(super) trait Server: Send + Sync + 'static {
-    type Call: Send + 'static;
+    type Call: Clone + Send + 'static;
     type Answer: Send + 'static;
+
+    /// Counts up when what the lanes wait for may never come, and new ones are needed.
+    fn epoch(&self) -> u64;
+
+    /// Waits until it can be asked, or there is no use in waiting. Until then the calls can be taken back.
+    fn ready(&self) -> impl Future<Output = ()> + Send;
 
     /// Makes these calls in one round trip. As many answers, in the order of the calls.
     fn serve(&self, calls: Vec<Self::Call>) -> impl Future<Output = Vec<Self::Answer>> + Send;
+
+    /// Whether a call with this answer is to be made once more, if its caller still waits.
+    fn is_worth_another(&self, answer: &Self::Answer) -> bool;
 }
 
 #[derive(Clone, Copy)]
@@ -42,12 +51,15 @@ struct Inner<S: Server> {
 
 struct Queue<S: Server> {
     waiting: VecDeque<Waiting<S>>,
+    /// How many lanes of this epoch there are.
     busy: usize,
+    epoch: u64,
 }
 
 struct Waiting<S: Server> {
     call: S::Call,
     caller: oneshot::Sender<S::Answer>,
+    again: bool,
 }
 
 impl<S: Server> Clone for Lanes<S> {
@@ -58,8 +70,8 @@ impl<S: Server> Clone for Lanes<S> {
 
 impl<S: Server> Lanes<S> {
     pub(super) fn to(server: S, limits: Limits) -> Self {
-        let queue = Mutex::new(Queue { waiting: VecDeque::new(), busy: 0 });
-        Self(Arc::new(Inner { server, limits, queue }))
+        let queue = Queue { waiting: VecDeque::new(), busy: 0, epoch: server.epoch() };
+        Self(Arc::new(Inner { server, limits, queue: Mutex::new(queue) }))
     }
 
     /// One call, alone or in company.
@@ -68,22 +80,42 @@ impl<S: Server> Lanes<S> {
     ///
     /// The runtime ended in the middle.
     ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    ///
     /// # Cancel safety
     ///
     /// A call that has begun is finished without its caller; one that waits is not made.
     pub(super) async fn call(&self, call: S::Call) -> Result<S::Answer, StoreError> {
         let (caller, answer) = oneshot::channel();
-        self.enqueue(Waiting { call, caller });
-        answer.await.map_err(|_| StoreError::new("the runtime of the store's call has ended"))
+        self.enqueue(Waiting { call, caller, again: false });
+        answer.await.map_err(|_| StoreError::new("the task of the store's call has ended, with its runtime?"))
     }
 
     fn enqueue(&self, waiting: Waiting<S>) {
-        let mut queue = self.queue();
-        queue.waiting.push_back(waiting);
-        if queue.busy < self.0.limits.lanes {
-            queue.busy += 1;
-            tokio::spawn(Lane { lanes: self.clone(), retired: false }.drive());
+        let lane = {
+            let mut queue = self.queue();
+            queue.waiting.push_back(waiting);
+            self.free_lane(&mut queue)
+        };
+        // Without the lock: a task that is refused is dropped here, and takes it.
+        if let Some(lane) = lane {
+            tokio::spawn(lane.drive());
         }
+    }
+
+    fn free_lane(&self, queue: &mut Queue<S>) -> Option<Lane<S>> {
+        let epoch = self.0.server.epoch();
+        if epoch > queue.epoch {
+            // The lanes of before end by themselves.
+            (queue.epoch, queue.busy) = (epoch, 0);
+        }
+        if queue.busy >= self.0.limits.lanes {
+            return None;
+        }
+        queue.busy += 1;
+        Some(Lane { lanes: self.clone(), epoch: queue.epoch, retired: false })
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue<S>> {
@@ -95,12 +127,15 @@ impl<S: Server> Lanes<S> {
 /// It ends when nobody waits.
 struct Lane<S: Server> {
     lanes: Lanes<S>,
+    epoch: u64,
     retired: bool,
 }
 
 impl<S: Server> Lane<S> {
     async fn drive(mut self) {
-        while let Some(batch) = self.next() {
+        loop {
+            self.lanes.0.server.ready().await;
+            let Some(batch) = self.next() else { return };
             self.serve(batch).await;
         }
     }
@@ -108,6 +143,10 @@ impl<S: Server> Lane<S> {
     /// What has collected, but for those who gave up.
     fn next(&mut self) -> Option<Vec<Waiting<S>>> {
         let mut queue = self.lanes.queue();
+        if self.epoch != queue.epoch {
+            self.retired = true;
+            return None;
+        }
         queue.waiting.retain(|waiting| !waiting.caller.is_closed());
         let size = queue.waiting.len().min(self.lanes.0.limits.batch);
         if size == 0 {
@@ -120,12 +159,15 @@ impl<S: Server> Lane<S> {
     }
 
     async fn serve(&self, batch: Vec<Waiting<S>>) {
-        let (calls, callers): (Vec<_>, Vec<_>) =
-            batch.into_iter().map(|waiting| (waiting.call, waiting.caller)).unzip();
-        let answers = self.lanes.0.server.serve(calls).await;
-        for (caller, answer) in callers.into_iter().zip(answers) {
-            // Whoever gave up needs none.
-            let _ = caller.send(answer);
+        let server = &self.lanes.0.server;
+        let answers = server.serve(batch.iter().map(|waiting| waiting.call.clone()).collect()).await;
+        for (waiting, answer) in batch.into_iter().zip(answers) {
+            if !waiting.again && server.is_worth_another(&answer) {
+                self.lanes.enqueue(Waiting { again: true, ..waiting });
+            } else {
+                // Whoever gave up needs none.
+                let _ = waiting.caller.send(answer);
+            }
         }
     }
 }
@@ -133,10 +175,10 @@ impl<S: Server> Lane<S> {
 /// Of a lane that was dropped at work: its runtime has ended.
 impl<S: Server> Drop for Lane<S> {
     fn drop(&mut self) {
-        if self.retired {
+        let mut queue = self.lanes.queue();
+        if self.retired || self.epoch != queue.epoch {
             return;
         }
-        let mut queue = self.lanes.queue();
         queue.busy -= 1;
         if queue.busy == 0 {
             // Nobody would come for them.
@@ -147,6 +189,7 @@ impl<S: Server> Drop for Lane<S> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use std::time::Duration;
 
     use tokio::runtime::Builder;
@@ -161,11 +204,30 @@ mod tests {
     #[derive(Default)]
     struct Slow {
         made: Arc<Mutex<Vec<u32>>>,
+        epoch: AtomicU64,
+        away: AtomicBool,
     }
+
+    /// A call that is worth another.
+    const TWICE: u32 = 99;
 
     impl Server for Slow {
         type Call = u32;
         type Answer = (u32, usize);
+
+        fn epoch(&self) -> u64 {
+            self.epoch.load(Ordering::Relaxed)
+        }
+
+        async fn ready(&self) {
+            while self.away.load(Ordering::Relaxed) {
+                sleep(SECOND / 10).await;
+            }
+        }
+
+        fn is_worth_another(&self, answer: &Self::Answer) -> bool {
+            answer.0 == TWICE
+        }
 
         async fn serve(&self, calls: Vec<u32>) -> Vec<(u32, usize)> {
             self.made.lock().unwrap().extend(&calls);
@@ -236,7 +298,7 @@ mod tests {
         let answers: Vec<_> = first.block_on(async {
             let begin = |call| {
                 let (caller, answer) = oneshot::channel();
-                lanes.enqueue(Waiting { call, caller });
+                lanes.enqueue(Waiting { call, caller, again: false });
                 answer
             };
             let answers = (0..8).map(begin).collect();
@@ -248,5 +310,56 @@ mod tests {
             second.block_on(answer).unwrap_err();
         }
         assert_eq!(second.block_on(lanes.call(9)).unwrap(), (9, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_the_server_to_be_ready_can_still_give_up() {
+        let lanes = lanes(2);
+        lanes.0.server.away.store(true, Ordering::Relaxed);
+        timeout(SECOND, lanes.call(1)).await.unwrap_err();
+        lanes.0.server.away.store(false, Ordering::Relaxed);
+        assert_eq!(lanes.call(2).await.unwrap(), (2, 1));
+        assert_eq!(*lanes.0.server.made.lock().unwrap(), [2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_worth_another_is_made_twice_and_no_more_and_not_for_who_gave_up() {
+        let lanes = lanes(1);
+        assert_eq!(lanes.call(TWICE).await.unwrap(), (TWICE, 1));
+        timeout(SECOND / 2, lanes.call(TWICE)).await.unwrap_err();
+        lanes.call(1).await.unwrap();
+        assert_eq!(*lanes.0.server.made.lock().unwrap(), [TWICE, TWICE, TWICE, 1]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn in_a_new_epoch_nobody_waits_for_the_lanes_of_the_old_one_and_these_end_well() {
+        let (lanes, began) = (lanes(1), Instant::now());
+        let (old, new) = tokio::join!(lanes.call(1), async {
+            sleep(SECOND / 4).await;
+            lanes.0.server.epoch.store(1, Ordering::Relaxed);
+            let new = lanes.call(2).await.unwrap();
+            assert_eq!(began.elapsed(), SECOND + SECOND / 4, "at once");
+            new
+        });
+        assert_eq!((old.unwrap(), new), ((1, 1), (2, 1)));
+        assert_eq!(lanes.queue().busy, 0);
+        lanes.call(3).await.unwrap();
+    }
+
+    /// The task is refused, and dropped where it was to be made.
+    #[test]
+    fn a_call_outside_of_a_runtime_is_a_panic_and_not_a_hang() {
+        let (lanes, (done, waits)) = (lanes(1), std::sync::mpsc::channel());
+        std::thread::spawn(move || {
+            let call = std::panic::AssertUnwindSafe(|| poll_once(lanes.call(1)));
+            done.send(std::panic::catch_unwind(call).is_err()).unwrap();
+        });
+        assert_eq!(waits.recv_timeout(10 * SECOND), Ok(true));
+    }
+
+    fn poll_once(call: impl Future) {
+        let mut call = std::pin::pin!(call);
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        let _ = call.as_mut().poll(&mut cx);
     }
 }

@@ -135,6 +135,11 @@ pub async fn a_requeued_message_is_its_original_again(fixture: &dyn BrokerFixtur
     for attempt in 2..=3 {
         settle(delivery, Disposition::Requeue { after: Duration::from_millis(1) }).await;
         delivery = inbox.next().await;
+        while delivery.message().attempt() < attempt {
+            // The copy of an earlier requeue that was not confirmed in time came beside the message itself.
+            settle(delivery, Disposition::Ack).await;
+            delivery = inbox.next().await;
+        }
         let again = delivery.message();
         assert_eq!(again.id(), original.id(), "the id must be the original's");
         assert_eq!(again.transport_id(), original.transport_id());
@@ -142,7 +147,6 @@ pub async fn a_requeued_message_is_its_original_again(fixture: &dyn BrokerFixtur
         assert_eq!(again.source(), original.source(), "the source must be the original's");
         assert_eq!(again.headers().len(), original.headers().len(), "no header may come or go");
         assert_headers(again, &ODD_HEADERS, "delivered again");
-        assert!(again.attempt() >= attempt, "attempt {attempt} is hinted as {}", again.attempt());
     }
     settle(delivery, Disposition::Ack).await;
     inbox.close().await;

@@ -8,4 +8,5 @@ mod formats;
 mod machine;
 mod proxy;
 mod server;
+mod sharded;
 mod tls;

@@ -56,6 +56,19 @@ impl Server for Postgres {
     /// A failed statement fails all of its steps.
     type Answer = Result<Answer, Arc<sqlx::Error>>;
 
+    /// A statement has ten seconds on its connection, and then the lane goes on by another.
+    fn epoch(&self) -> u64 {
+        0
+    }
+
+    /// A connection is made when it is needed.
+    async fn ready(&self) {}
+
+    /// What is worth it is repeated on the spot.
+    fn is_worth_another(&self, _: &Self::Answer) -> bool {
+        false
+    }
+
     async fn serve(&self, calls: Vec<Call>) -> Vec<Self::Answer> {
         let mut places: Vec<usize> = (0..calls.len()).collect();
         // All statements lock in the same order, so that no two wait for each other. Stable: the steps on

@@ -4,7 +4,7 @@
 //! that only times out (a peer that vanished without a word) until the kernel gives up on it, after many
 //! minutes; it keeps one to a former master, now read-only; and after a refusal in the handshake it stays broken for ever.
 
-use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -48,14 +48,19 @@ pub(super) struct Link(Arc<Inner>);
 struct Inner {
     target: Target,
     state: watch::Sender<State>,
+    /// What keys begin with.
+    prefix: Arc<str>,
+    /// When the last answer came, in milliseconds of the link's life.
+    heard: AtomicU64,
+    since: Instant,
     /// Where to connect again if a call is dropped outside of any runtime.
     runtime: Handle,
 }
 
 enum State {
     Up(Live),
-    /// A task is at work on a new one; this is why there is none.
-    Down(RedisError),
+    /// A task is at work on a new one, of this number; this is why there is none.
+    Down(RedisError, u64),
 }
 
 #[derive(Clone)]
@@ -63,6 +68,8 @@ struct Live {
     connection: Connection,
     /// Which connection of the link this is.
     number: u64,
+    /// All keys are at the other end of it.
+    whole: bool,
     since: Instant,
     /// How many in a row were short-lived or failed, before it.
     failures: u32,
@@ -70,15 +77,48 @@ struct Live {
 
 impl Link {
     /// Connects; tries once.
-    pub(super) async fn open(target: Target) -> Result<Self, RedisError> {
-        let connection = target.open().await?;
-        let live = Live { connection, number: 0, since: Instant::now(), failures: 0 };
+    pub(super) async fn open(target: Target, prefix: Arc<str>) -> Result<Self, RedisError> {
+        let (connection, whole) = target.open(&prefix).await?;
+        let live = Live { connection, number: 0, whole, since: Instant::now(), failures: 0 };
         let (state, _) = watch::channel(State::Up(live));
-        Ok(Self(Arc::new(Inner { target, state, runtime: Handle::current() })))
+        let (heard, since, runtime) = (AtomicU64::new(0), Instant::now(), Handle::current());
+        Ok(Self(Arc::new(Inner { target, state, prefix, heard, since, runtime })))
     }
 
     pub(super) fn target(&self) -> &Target {
         &self.0.target
+    }
+
+    pub(super) fn prefix(&self) -> &str {
+        &self.0.prefix
+    }
+
+    /// The number of the connection, or of the next one.
+    pub(super) fn number(&self) -> u64 {
+        match &*self.0.state.borrow() {
+            State::Up(live) => live.number,
+            State::Down(_, next) => *next,
+        }
+    }
+
+    /// Whether the keys are on several servers, as far as is known now.
+    pub(super) fn is_spread(&self) -> bool {
+        self.0.target.is_cluster() || matches!(&*self.0.state.borrow(), State::Up(live) if !live.whole)
+    }
+
+    /// It was said to be whole, and is not any more.
+    pub(super) fn is_known_to_be_spread(&self) {
+        self.0.state.send_if_modified(|state| {
+            if let State::Up(live) = state {
+                live.whole = false;
+            }
+            false
+        });
+    }
+
+    /// Waits while there is no connection, for one attempt to make one.
+    pub(super) async fn ready(&self) {
+        let _ = self.live().await;
     }
 
     /// Asks, and once more on a new connection if this one turns out to be closed: the idle one that a
@@ -90,43 +130,54 @@ impl Link {
         }
     }
 
-    /// Asks, once. Errors in a list of answers stay in it.
+    /// Asks, once.
     pub(super) async fn ask_once(&self, command: &Cmd) -> Result<Value, RedisError> {
-        let mut live = self.live().await?;
-        let answer = match self.unless_replaced(live.number, live.connection.ask(command)).await {
+        let live = self.live().await?;
+        self.ask_by(live, command).await
+    }
+
+    /// Asks, once, without waiting for a connection.
+    ///
+    /// # Errors
+    ///
+    /// Also if the command has several keys, which may not be at the other end.
+    pub(super) async fn ask_now(&self, command: &Cmd, keys: usize) -> Result<Value, RedisError> {
+        let live = match &*self.0.state.borrow() {
+            State::Up(live) if keys > 1 && !live.whole => return Err(spread()),
+            State::Up(live) => live.clone(),
+            State::Down(why, _) => return Err(why.clone()),
+        };
+        self.ask_by(live, command).await
+    }
+
+    /// Errors in a list of answers stay in it.
+    async fn ask_by(&self, mut live: Live, command: &Cmd) -> Result<Value, RedisError> {
+        let answer = match live.connection.ask(command).await {
             Ok(Value::ServerError(error)) => Err(error.into()),
             answer => answer,
         };
-        if let Some(error) = error_in(&answer).filter(spoils_the_connection) {
-            self.replace(live.number, &error);
+        match spoiler_in(&answer) {
+            Some(error) => self.replace(live.number, &error),
+            None => self.0.heard.store(self.age(), Ordering::Relaxed),
         }
         answer
     }
 
-    /// What is in flight on a connection that somebody doubts may still end well, but nobody waits for it: others wait
-    /// behind it.
-    async fn unless_replaced(
-        &self,
-        number: u64,
-        answer: impl Future<Output = Result<Value, RedisError>>,
-    ) -> Result<Value, RedisError> {
-        let mut answer = pin!(answer);
-        if let Ok(answer) = timeout(DOUBT, &mut answer).await {
-            return answer;
-        }
-        let mut state = self.0.state.subscribe();
-        let replaced = state.wait_for(|state| !matches!(state, State::Up(live) if live.number == number));
-        tokio::select! {
-            answer = answer => answer,
-            _ = replaced => Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()),
-        }
+    fn age(&self) -> u64 {
+        u64::try_from(self.0.since.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Nothing was heard for so long.
+    fn is_silent_for(&self, moment: Duration) -> bool {
+        let heard = Duration::from_millis(self.0.heard.load(Ordering::Relaxed));
+        self.0.since.elapsed().saturating_sub(heard) >= moment
     }
 
     /// A call that begins, to be [`answered`](Unanswered::answered).
     pub(super) fn unanswered(&self) -> Unanswered<'_> {
         let number = match &*self.0.state.borrow() {
             State::Up(live) => Some(live.number),
-            State::Down(_) => None,
+            State::Down(..) => None,
         };
         Unanswered { link: self, number, since: Instant::now() }
     }
@@ -139,7 +190,7 @@ impl Link {
         let mut state = self.0.state.subscribe();
         let usable = |state: &State| match state {
             State::Up(live) => Some(live.clone()),
-            State::Down(_) => None,
+            State::Down(..) => None,
         };
         if let Some(live) = usable(&state.borrow_and_update()) {
             return Ok(live);
@@ -147,7 +198,7 @@ impl Link {
         let _ = timeout(REDIS_ANSWER, state.changed()).await;
         match &*state.borrow() {
             State::Up(live) => Ok(live.clone()),
-            State::Down(error) => Err(error.clone()),
+            State::Down(error, _) => Err(error.clone()),
         }
     }
 
@@ -157,7 +208,7 @@ impl Link {
         self.0.state.send_if_modified(|state| match state {
             State::Up(live) if live.number == number => {
                 lost = Some(live.clone());
-                *state = State::Down(why.clone());
+                *state = State::Down(why.clone(), number + 1);
                 true
             }
             _ => false,
@@ -180,32 +231,37 @@ async fn reconnect(link: Weak<Inner>, lost: Live) {
             sleep(Backoff::reconnect().delay(failures)).await;
         }
         let Some(link) = link.upgrade() else { return };
-        match link.target.open().await {
-            Ok(connection) => {
-                let live = Live { connection, number, since: Instant::now(), failures };
+        match link.target.open(&link.prefix).await {
+            Ok((connection, whole)) => {
+                let live = Live { connection, number, whole, since: Instant::now(), failures };
                 link.state.send_replace(State::Up(live));
                 tracing::info!(target: "guestlist", redis = %link.target, "connected to Redis again");
                 return;
             }
             Err(error) => {
                 tracing::debug!(target: "guestlist", redis = %link.target, %error, "connecting to Redis failed");
-                link.state.send_replace(State::Down(error));
+                link.state.send_replace(State::Down(error, number));
             }
         }
         failures = failures.saturating_add(1);
     }
 }
 
-/// The error, or the first one in a list of answers.
-fn error_in(answer: &Result<Value, RedisError>) -> Option<RedisError> {
+/// The error after which the connection is of no more use; it may be one of a list of answers.
+fn spoiler_in(answer: &Result<Value, RedisError>) -> Option<RedisError> {
     match answer {
-        Err(error) => Some(error.clone()),
+        Err(error) => Some(error.clone()).filter(spoils_the_connection),
         Ok(Value::Array(answers)) => answers.iter().find_map(|answer| match answer {
-            Value::ServerError(error) => Some(error.clone().into()),
+            Value::ServerError(error) => Some(error.clone().into()).filter(spoils_the_connection),
             _ => None,
         }),
         Ok(_) => None,
     }
+}
+
+/// In the server's own words.
+fn spread() -> RedisError {
+    (ErrorKind::Server(ServerErrorKind::CrossSlot), "the keys are on several servers").into()
 }
 
 /// Whether the next call fares better on another connection.
@@ -236,7 +292,9 @@ impl Unanswered<'_> {
 
 impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
-        if let Some(number) = self.number.filter(|_| self.since.elapsed() >= DOUBT) {
+        // A connection that answers others is only slow.
+        let silent = self.since.elapsed() >= DOUBT && self.link.is_silent_for(DOUBT);
+        if let Some(number) = self.number.filter(|_| silent) {
             let why = std::io::Error::from(std::io::ErrorKind::TimedOut);
             self.link.replace(number, &why.into());
         }

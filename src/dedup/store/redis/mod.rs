@@ -1,6 +1,7 @@
 //! A store in Redis or Valkey.
 
 mod link;
+mod probe;
 mod record;
 mod steps;
 mod target;
@@ -8,7 +9,6 @@ mod target;
 mod tests;
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -48,7 +48,6 @@ use crate::{DedupKey, defaults};
 pub struct RedisStore {
     link: Link,
     steps: Steps,
-    prefix: Arc<str>,
 }
 
 /// Settings of a [`RedisStore`] that a URL cannot hold.
@@ -101,7 +100,7 @@ impl RedisStore {
 
     /// The Redis key of a dedup key: the prefix and 32 hexadecimal digits.
     pub fn redis_key(&self, key: &DedupKey) -> String {
-        format!("{}{key}", self.prefix)
+        format!("{}{key}", self.link.prefix())
     }
 
     async fn step(&self, what: &'static str, key: &DedupKey, argument: Vec<u8>) -> Result<Value, StoreError> {
@@ -183,11 +182,11 @@ impl RedisStoreBuilder {
         let prefix = self.prefix.or_else(|| address.prefix.clone());
         let target = address.target(&self.extras)?;
         let name = target.to_string();
-        let link = Link::open(target).await.map_err(|error| {
+        let prefix = prefix.unwrap_or_else(|| defaults::REDIS_PREFIX.to_owned()).into();
+        let link = Link::open(target, prefix).await.map_err(|error| {
             StoreError::new(format!("no connection to {name}: {}", advice(&error))).with_source(error)
         })?;
-        let prefix = prefix.unwrap_or_else(|| defaults::REDIS_PREFIX.to_owned()).into();
-        let store = RedisStore { steps: Steps::over(link.clone()), link, prefix };
+        let store = RedisStore { steps: Steps::over(link.clone()), link };
         // A wrong database, a forbidden script or a foreign prefix shows here, not with the first message.
         store.inspect(&DedupKey::from_bytes([0; 16])).await?;
         store.check_eviction().await;
@@ -307,7 +306,7 @@ impl fmt::Debug for RedisStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisStore")
             .field("redis", &format_args!("{}", self.link.target()))
-            .field("prefix", &self.prefix)
+            .field("prefix", &self.link.prefix())
             .finish_non_exhaustive()
     }
 }

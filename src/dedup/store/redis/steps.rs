@@ -1,8 +1,6 @@
 //! The steps of the protocol, by one script that Redis runs as one atomic step itself.
 
-use std::slice;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 
 use futures_util::future::join_all;
 use redis::{Cmd, ErrorKind, RedisError, Script, ServerErrorKind, Value};
@@ -21,6 +19,7 @@ const SCRIPT: &str = include_str!("step.lua");
 static HASH: LazyLock<String> = LazyLock::new(|| Script::new(SCRIPT).get_hash().to_owned());
 
 /// A step on one key.
+#[derive(Clone)]
 pub(super) struct Step {
     pub(super) key: String,
     pub(super) argument: Vec<u8>,
@@ -30,27 +29,20 @@ pub(super) struct Step {
 pub(super) struct Steps {
     link: Link,
     lanes: Lanes<Redis>,
-    /// The keys are on several nodes, behind a cluster's client or a proxy: none runs a script for keys of another, and
-    /// one that is slow or gone is to hold up nobody's but its own.
-    spread: Arc<AtomicBool>,
 }
 
-struct Redis {
-    link: Link,
-    spread: Arc<AtomicBool>,
-}
+struct Redis(Link);
 
 impl Steps {
     pub(super) fn over(link: Link) -> Self {
-        let spread = Arc::new(AtomicBool::new(link.target().is_cluster()));
-        let server = Redis { link: link.clone(), spread: Arc::clone(&spread) };
-        Self { link, lanes: Lanes::to(server, LIMITS), spread }
+        Self { lanes: Lanes::to(Redis(link.clone()), LIMITS), link }
     }
 
     /// The outer error is one of this side.
     pub(super) async fn step(&self, step: Step) -> Result<Result<Value, RedisError>, StoreError> {
-        if self.spread.load(Ordering::Relaxed) {
-            return Ok(run(&self.link, &[step]).await);
+        if self.link.is_spread() {
+            // A server that is slow or gone is to hold up no other's keys.
+            return Ok(alone(&self.link, step).await);
         }
         self.lanes.call(step).await
     }
@@ -60,17 +52,35 @@ impl Server for Redis {
     type Call = Step;
     type Answer = Result<Value, RedisError>;
 
+    /// What is in flight on a connection that was replaced may still end well, but nobody waits behind it.
+    fn epoch(&self) -> u64 {
+        self.0.number()
+    }
+
+    async fn ready(&self) {
+        self.0.ready().await;
+    }
+
     async fn serve(&self, steps: Vec<Step>) -> Vec<Self::Answer> {
-        match (run(&self.link, &steps).await, steps.len()) {
+        let mut answer = self.0.ask_now(&by_hash(&steps), steps.len()).await;
+        if is_unknown(&answer) {
+            answer = self.0.ask_now(&by_text(&steps), steps.len()).await;
+        }
+        match (answer, steps.len()) {
             (answer, 1) => vec![answer],
             (Ok(Value::Array(answers)), _) => answers.into_iter().map(Value::extract_error).collect(),
             (Ok(_), count) => vec![Err(not_a_list()); count],
             (Err(error), _) if is_cross_slot(&error) => {
-                self.spread.store(true, Ordering::Relaxed);
-                join_all(steps.iter().map(|step| run(&self.link, slice::from_ref(step)))).await
+                self.0.is_known_to_be_spread();
+                join_all(steps.into_iter().map(|step| alone(&self.0, step))).await
             }
             (Err(error), count) => vec![Err(error); count],
         }
+    }
+
+    /// The idle connection that a server or a firewall closed is nobody's concern.
+    fn is_worth_another(&self, answer: &Self::Answer) -> bool {
+        matches!(answer, Err(error) if error.is_connection_dropped())
     }
 }
 
@@ -78,15 +88,24 @@ fn is_cross_slot(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Server(ServerErrorKind::CrossSlot)
 }
 
-/// Runs the script. By its hash; a server that does not know it (new, restarted, flushed, failed over) gets the text,
-/// runs it in the same round trip and knows it from then on.
-async fn run(link: &Link, steps: &[Step]) -> Result<Value, RedisError> {
-    match link.ask(&command("EVALSHA", &HASH, steps)).await {
-        Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-            link.ask(&command("EVAL", SCRIPT, steps)).await
-        }
-        answer => answer,
-    }
+async fn alone(link: &Link, step: Step) -> Result<Value, RedisError> {
+    let steps = [step];
+    let answer = link.ask(&by_hash(&steps)).await;
+    if is_unknown(&answer) { link.ask(&by_text(&steps)).await } else { answer }
+}
+
+fn by_hash(steps: &[Step]) -> Cmd {
+    command("EVALSHA", &HASH, steps)
+}
+
+/// For a server that does not know the script yet (new, restarted, flushed, failed over): it runs it in the same round
+/// trip, and knows it from then on.
+fn by_text(steps: &[Step]) -> Cmd {
+    command("EVAL", SCRIPT, steps)
+}
+
+fn is_unknown(answer: &Result<Value, RedisError>) -> bool {
+    matches!(answer, Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript))
 }
 
 fn command(name: &str, script: &str, steps: &[Step]) -> Cmd {

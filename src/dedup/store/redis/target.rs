@@ -14,6 +14,7 @@ use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use super::link::Connection;
+use super::probe;
 use crate::dedup::StoreError;
 use crate::defaults::{REDIS_ANSWER, REDIS_CONNECT};
 
@@ -276,10 +277,15 @@ impl Target {
         matches!(self.reach, Reach::Cluster(_))
     }
 
-    /// A new connection, to the master of now.
-    pub(super) async fn open(&self) -> Result<Connection, RedisError> {
+    /// A new connection, to the master of now, and whether all keys of this prefix are at the other end of it.
+    pub(super) async fn open(&self, prefix: &str) -> Result<(Connection, bool), RedisError> {
         let late = |_| RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut));
-        timeout(REDIS_CONNECT, self.reach.open()).await.map_err(late)?
+        let opened = async {
+            let mut connection = self.reach.open().await?;
+            let whole = probe::is_whole(&mut connection, prefix).await;
+            Ok((connection, whole))
+        };
+        timeout(REDIS_CONNECT, opened).await.map_err(late)?
     }
 }
 

@@ -93,9 +93,9 @@ async fn keys_of_several_slots_behind_one_address_go_one_by_one() {
         let count = line.split(what).nth(1).unwrap();
         count.split(',').next().unwrap().parse().unwrap()
     };
-    assert_eq!(count("cmdstat_set:", "calls="), 2 * 79, "{stats}");
-    // Once for each of the runs that were on their way together.
-    assert!((1..=4).contains(&count("cmdstat_evalsha:", "rejected_calls=")), "{stats}");
+    assert_eq!(count("cmdstat_set:", "calls="), 32 + 2 * 79, "the probe's, and two for each id: {stats}");
+    assert_eq!(count("cmdstat_eval:", "rejected_calls="), 1, "the probe: {stats}");
+    assert_eq!(count("cmdstat_evalsha:", "rejected_calls="), 0, "{stats}");
 }
 
 #[tokio::test]
