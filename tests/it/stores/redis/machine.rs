@@ -241,6 +241,7 @@ async fn compare(seed: u64, stores: &[RedisStore; 2], plain: &Plain) -> Tally {
             (one, one)
         };
 
+        let slack = if undecided { after - before } else { 0 };
         let looked = store.inspect(&key).await.unwrap();
         let now = plain.time().await;
         records[slot] = match (low_record, looked, high_record) {
@@ -252,8 +253,8 @@ async fn compare(seed: u64, stores: &[RedisStore; 2], plain: &Plain) -> Tally {
                 );
                 Some(got)
             }
-            // Past its time: only its fence counts.
-            (Some(low), None, _) if low.kept_until <= now => Some(with_fence(low, got)),
+            // Past its time: only its fence counts. When it was written may be known by the two instants alone.
+            (Some(low), None, _) if low.kept_until - slack <= now => Some(with_fence(low, got)),
             (None, None, None) => None,
             (low, got, _) => panic!("{got:?}, not {low:?}: {told}"),
         };
