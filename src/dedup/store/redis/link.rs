@@ -107,7 +107,7 @@ impl Link {
     }
 
     /// It was said to be whole, and is not any more.
-    pub(super) fn is_known_to_be_spread(&self) {
+    pub(super) fn learn_that_it_is_spread(&self) {
         self.0.state.send_if_modified(|state| {
             if let State::Up(live) = state {
                 live.whole = false;

@@ -71,7 +71,7 @@ impl Server for Redis {
             (Ok(Value::Array(answers)), _) => answers.into_iter().map(Value::extract_error).collect(),
             (Ok(_), count) => vec![Err(not_a_list()); count],
             (Err(error), _) if is_cross_slot(&error) => {
-                self.0.is_known_to_be_spread();
+                self.0.learn_that_it_is_spread();
                 join_all(steps.into_iter().map(|step| alone(&self.0, step))).await
             }
             (Err(error), count) => vec![Err(error); count],

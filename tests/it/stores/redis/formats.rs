@@ -19,7 +19,7 @@ fn ask() -> Ask {
     Ask::new(TOKEN, HOUR, HOUR)
 }
 
-/// A record of format 1, as documented in `record.lua`, for ever kept.
+/// A record of format 1, as documented in `step.lua`, for ever kept.
 struct Raw {
     state: u8,
     before: u8,
