@@ -71,6 +71,36 @@ async fn stranger_at(url: &str) -> jetstream::Context {
     jetstream::new(client)
 }
 
+/// Carries one connection to the server, and changes what that says.
+async fn between(change: impl Fn(&mut Vec<u8>) + Send + 'static) -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let url = format!("nats://{}", listener.local_addr().expect("bound"));
+    tokio::spawn(async move {
+        let (client, _) = listener.accept().await.expect("a client");
+        let server = env("GUESTLIST_NATS_URL").replace("nats://", "");
+        let server = tokio::net::TcpStream::connect(server).await.expect("the server is there");
+        let ((mut asked, mut told), (mut said, mut heard)) = (client.into_split(), server.into_split());
+        tokio::spawn(async move { tokio::io::copy(&mut asked, &mut heard).await });
+        let mut bytes = Vec::with_capacity(1 << 20);
+        while let Ok(1..) = said.read_buf(&mut bytes).await {
+            change(&mut bytes);
+            told.write_all(&bytes).await.expect("told");
+            bytes.clear();
+        }
+    });
+    url
+}
+
+/// Of equal length, so that the server's own counts hold.
+fn swap(said: &mut [u8], from: &[u8], to: &[u8]) {
+    assert_eq!(from.len(), to.len());
+    while let Some(at) = said.windows(from.len()).position(|bytes| bytes == from) {
+        said[at..at + to.len()].copy_from_slice(to);
+    }
+}
+
 async fn send(js: &jetstream::Context, subject: &str, body: &str) {
     let sent = js.publish(subject.to_owned(), body.to_owned().into()).await.expect("published");
     sent.await.expect("stored");
@@ -932,6 +962,26 @@ async fn a_quiet_server_is_not_taken_for_dead() {
     assert!(nothing.is_err(), "{nothing:?}");
     send(&js, &spec.name, "x").await;
     settle(next(&mut inbox).await, Disposition::Ack).await;
+}
+
+/// As a server of 2.9 does not, when a message comes in the moment in which a request ends.
+#[tokio::test]
+async fn a_request_of_whose_end_nobody_tells_is_over_all_the_same() {
+    let spec = queue("untold");
+    let untold = between(|said| swap(said, b" 408 ", b" 100 ")).await;
+    let nats = Nats::connect(&untold).await.expect("connects");
+    nats.prepare(&spec).await.expect("prepared");
+    let mut inbox = nats.subscribe(&spec).await.expect("subscribed");
+    let js = stranger().await;
+    for body in ["x", "y"] {
+        // Longer than the request for few places and the one for many take, and what is granted to the word of their end.
+        let quiet = timeout(Duration::from_secs(2), poll_fn(|cx| inbox.poll_next(cx, 64))).await;
+        assert!(quiet.is_err(), "nothing is sent, yet: {quiet:?}");
+        let begin = Instant::now();
+        send(&js, &spec.name, body).await;
+        settle(next(&mut inbox).await, Disposition::Ack).await;
+        assert!(begin.elapsed() < Duration::from_secs(2), "{:?} is late", begin.elapsed());
+    }
 }
 
 #[tokio::test]

@@ -52,6 +52,9 @@ impl Patience {
 /// it counts as dead.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
+/// How long after its time a request is taken for over of which the server has not said so: the way of that word.
+const LAPSE: Duration = Duration::from_millis(500);
+
 /// How long a message says that there are more: for longer than another one's request may keep the places for them.
 const BUSY: Duration = Duration::from_secs(2);
 
@@ -144,7 +147,9 @@ impl Pull {
             ready.map_err(client_closed)?;
             let request = self.requests.request(count, patience);
             Pin::new(&mut self.client).start_send(request).map_err(client_closed)?;
-            self.silence.broken();
+            if !self.requests.lapsed {
+                self.silence.broken();
+            }
         }
         Ok(())
     }
@@ -154,7 +159,7 @@ impl Pull {
         let polled = match self.poll_frame(cx) {
             Poll::Ready(Some(frame)) => Poll::Ready(self.read(frame)),
             Poll::Ready(None) => Poll::Ready(Err(subscription_ended())),
-            Poll::Pending => self.poll_death(cx).map(Err),
+            Poll::Pending => self.poll_clocks(cx),
         };
         if let Poll::Ready(Err(_)) = polled {
             self.frames = None;
@@ -199,15 +204,15 @@ impl Pull {
     }
 
     /// Only asked when nothing is buffered: what has arrived can still be handled and acked.
-    fn poll_death(&mut self, cx: &mut Context<'_>) -> Poll<BrokerError> {
+    fn poll_clocks(&mut self, cx: &mut Context<'_>) -> Poll<Result<Arrived, BrokerError>> {
         if self.loss.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(connection_lost());
+            return Poll::Ready(Err(connection_lost()));
         }
         if self.requests.wanted > 0 && self.silence.poll(cx).is_ready() {
             let what = format!("the server has not said a word for {:?}", self.silence.limit);
-            return Poll::Ready(BrokerError::new(BrokerErrorKind::Unreachable, what));
+            return Poll::Ready(Err(BrokerError::new(BrokerErrorKind::Unreachable, what)));
         }
-        Poll::Pending
+        self.requests.poll_lapse(cx).map(|()| Ok(Arrived::Word))
     }
 
     /// Ends it, and hands back what has arrived.
@@ -287,6 +292,11 @@ struct Requests {
     longest: Duration,
     /// When the last message came, unless a request came to nothing since.
     brought: Option<Instant>,
+    /// When the last of them is over, whether the server says so or not.
+    end: Instant,
+    timer: Pin<Box<Sleep>>,
+    /// Since the server's last word, one was over without any.
+    lapsed: bool,
 }
 
 impl Requests {
@@ -295,7 +305,18 @@ impl Requests {
             |api: &str| Subject::from(format!("$JS.API.CONSUMER.{api}.{}.{}", names.stream, names.durable));
         let longest = durable.max_expires.unwrap_or(Duration::MAX);
         let largest = durable.max_batch.unwrap_or(usize::MAX);
-        Self { next: of("MSG.NEXT"), info: of("INFO"), inbox, wanted: 0, largest, longest, brought: None }
+        Self {
+            next: of("MSG.NEXT"),
+            info: of("INFO"),
+            inbox,
+            wanted: 0,
+            largest,
+            longest,
+            brought: None,
+            end: Instant::now(),
+            timer: Box::pin(sleep(LAPSE)),
+            lapsed: false,
+        }
     }
 
     /// How many to ask for, if it is time to.
@@ -307,6 +328,7 @@ impl Requests {
     fn request(&mut self, count: usize, patience: Patience) -> OutboundMessage {
         self.wanted += count;
         let expires = patience.expires().min(self.longest);
+        self.end = self.end.max(Instant::now() + expires);
         let payload = if expires >= HEARTBEAT * 2 {
             let (expires, heartbeat) = (expires.as_nanos(), HEARTBEAT.as_nanos());
             format!(r#"{{"batch":{count},"expires":{expires},"idle_heartbeat":{heartbeat}}}"#)
@@ -318,7 +340,22 @@ impl Requests {
         OutboundMessage { subject, payload: payload.into(), headers: None, reply }
     }
 
+    /// Ready: all are over. A server of 2.9 that has a message in the moment in which the request for it ends forgets the
+    /// request without a word, and keeps the message for the next one.
+    fn poll_lapse(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.wanted == 0 {
+            return Poll::Pending;
+        }
+        if self.timer.deadline() != self.end + LAPSE {
+            self.timer.as_mut().reset(self.end + LAPSE);
+        }
+        self.timer.as_mut().poll(cx).map(|()| {
+            (self.wanted, self.brought, self.lapsed) = (0, None, true);
+        })
+    }
+
     fn arrived(&mut self) {
+        self.lapsed = false;
         self.wanted = self.wanted.saturating_sub(1);
         self.brought = Some(Instant::now());
     }
@@ -326,6 +363,7 @@ impl Requests {
     /// Reads what the server says in place of a message.
     fn status(&mut self, status: StatusCode, frame: &async_nats::Message) -> Result<(), BrokerError> {
         let description = frame.description.as_deref().unwrap_or_default();
+        self.lapsed = false;
         match status {
             StatusCode::IDLE_HEARTBEAT => Ok(()),
             // The request is over; without a count of what it did not bring, all of it is.
@@ -590,6 +628,8 @@ impl<'a> Place<'a> {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+
     use async_nats::jetstream::{consumer, stream};
 
     use super::*;
@@ -606,8 +646,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn more_is_asked_for_once_half_is_used_up_and_never_more_than_is_free() {
+    #[tokio::test]
+    async fn more_is_asked_for_once_half_is_used_up_and_never_more_than_is_free() {
         let names = Names::of(&QueueSpec::new("q")).unwrap();
         let durable = Durable::new(names.clone(), &stream::Config::default(), &consumer::Config::default());
         let mut requests = Requests::new(&names, Subject::from("inbox"), &durable);
@@ -621,5 +661,21 @@ mod tests {
         requests.arrived();
         assert_eq!(requests.due(8), Some(4));
         assert_eq!(requests.due(4), None, "four are on their way and four are free");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_are_over_half_a_second_after_the_last_of_them_should_be() {
+        let names = Names::of(&QueueSpec::new("q")).unwrap();
+        let durable = Durable::new(names.clone(), &stream::Config::default(), &consumer::Config::default());
+        let mut requests = Requests::new(&names, Subject::from("inbox"), &durable);
+        requests.request(1, Patience::Shared);
+        requests.request(1, Patience::Glance);
+        let begin = Instant::now();
+        poll_fn(|cx| requests.poll_lapse(cx)).await;
+        assert_eq!(begin.elapsed(), Patience::Shared.expires() + LAPSE);
+        assert_eq!((requests.due(8), requests.lapsed), (Some(8), true));
+        assert!(poll_fn(|cx| requests.poll_lapse(cx)).now_or_never().is_none(), "nothing is asked for");
+        requests.arrived();
+        assert!(!requests.lapsed);
     }
 }

@@ -285,34 +285,11 @@ async fn f17_a_message_in_hand_over_a_suspension_does_not_go_round_and_round() {
     settle(delivery, Disposition::Ack).await;
 }
 
-/// Carries one connection to the server, which keeps its time to itself.
-async fn without_time() -> String {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let url = format!("nats://{}", listener.local_addr().expect("bound"));
-    tokio::spawn(async move {
-        let (client, _) = listener.accept().await.expect("a client");
-        let server = env("GUESTLIST_NATS_URL").replace("nats://", "");
-        let server = tokio::net::TcpStream::connect(server).await.expect("the server is there");
-        let ((mut asked, mut told), (mut said, mut heard)) = (client.into_split(), server.into_split());
-        tokio::spawn(async move { tokio::io::copy(&mut asked, &mut heard).await });
-        let mut bytes = vec![0; 1 << 20];
-        while let Ok(length @ 1..) = said.read(&mut bytes).await {
-            let ts = |bytes: &[u8]| bytes.windows(5).position(|text| text == b"\"ts\":");
-            while let Some(at) = ts(&bytes[..length]) {
-                bytes[at..at + 5].copy_from_slice(b"\"no\":");
-            }
-            told.write_all(&bytes[..length]).await.expect("told");
-        }
-    });
-    url
-}
-
 #[tokio::test]
 async fn f17_without_the_servers_time_nothing_is_put_on_its_schedule() {
     let spec = patient("timeless");
-    let nats = Nats::connect(&without_time().await).await.expect("connects");
+    let nats =
+        Nats::connect(&between(|said| swap(said, b"\"ts\":", b"\"no\":")).await).await.expect("connects");
     let prepared = nats.prepare(&spec).await;
     if schedules() {
         let error = prepared.expect_err("it is asked again later");
