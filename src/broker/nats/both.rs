@@ -12,8 +12,9 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::again::Own;
 use super::connect::Link;
+use super::requests::Patience;
 use super::settle::{InHand, Settler};
-use super::source::{Arrived, Patience, Pull};
+use super::source::{Arrived, Pull};
 use super::topology::Durable;
 use crate::Delivery;
 use crate::broker::{BrokerError, QueueSpec, Subscription};

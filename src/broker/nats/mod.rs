@@ -15,8 +15,8 @@
 //!    that is not UTF-8) is moved aside, and shown in its place again.
 //! 5. No more is asked of the server than can be taken in hand, so no deadline runs for a message
 //!    that waits in a buffer.
-//! 6. A lost connection, a server that is silent for 10 s, a deleted durable or stream: each ends
-//!    the subscription with an error that says which.
+//! 6. A lost connection, a server that is silent for 10 to 20 s, a deleted durable or stream: each
+//!    ends the subscription with an error that says which.
 //! 7. `cancel` hands back at once what had arrived and was not delivered, from the durable and from its own stream.
 //! 8. A copy that is to be worked on again ([`Broker::again`]) goes to one durable's own stream, and never to the source's
 //!    subject, which other durables read.
@@ -142,6 +142,7 @@ mod connect;
 mod holds;
 mod letters;
 mod publish;
+mod requests;
 mod settle;
 mod source;
 mod topology;

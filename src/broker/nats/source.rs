@@ -7,7 +7,6 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_nats::client::Request;
-use async_nats::message::OutboundMessage;
 use async_nats::{Client, HeaderMap, StatusCode, Subject, Subscriber, header, jetstream};
 use bytes::Bytes;
 use futures_util::{FutureExt, Sink, StreamExt};
@@ -16,6 +15,7 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 use super::connect::Link;
 use super::holds::Holds;
 use super::publish::acted_on;
+use super::requests::{HEARTBEAT, Patience, Requests};
 use super::settle::{CoreSettler, InHand, NAK, Settler};
 use super::topology::{Durable, Names};
 use crate::broker::{BrokerError, BrokerErrorKind, QueueSpec, Subscription, copy};
@@ -23,48 +23,11 @@ use crate::delivery::{AckHandle, BoxFuture, Settle};
 use crate::message::{MessageBuilder, Source};
 use crate::{Acker, Delivery, Message};
 
-/// How long a pull request stays with the server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Patience {
-    /// 30 s: nobody else wants the places that it keeps.
-    Alone,
-    /// 1 s: they are shared, and there are many.
-    Shared,
-    /// Half a second: there are few, or what is asked for is expected to be there.
-    Short,
-    /// 10 ms: another one has messages for the place that it keeps. Not `no_wait`: such a request can stay with the
-    /// server for ever, without a word, when the one message that it counted on has gone meanwhile.
-    Glance,
-}
-
-impl Patience {
-    const fn expires(self) -> Duration {
-        match self {
-            Self::Alone => Duration::from_secs(30),
-            Self::Shared => Duration::from_secs(1),
-            Self::Short => Duration::from_millis(500),
-            Self::Glance => Duration::from_millis(10),
-        }
-    }
-}
-
-/// How often the server says that it still has the request: 5 s. Twice this without a word, and
-/// it counts as dead.
-const HEARTBEAT: Duration = Duration::from_secs(5);
-
-/// How long after its time a request is taken for over of which the server has not said so: the way of that word.
-const LAPSE: Duration = Duration::from_millis(500);
-
-/// How long a message says that there are more: for longer than another one's request may keep the places for them.
-const BUSY: Duration = Duration::from_secs(2);
-
 /// How long `cancel` listens for deliveries that are on their way.
 const ON_THEIR_WAY: Duration = Duration::from_millis(100);
 
 /// How long `cancel` waits for the client to end the subscription.
 const UNSUBSCRIBED: Duration = Duration::from_secs(1);
-
-const PENDING_MESSAGES: &str = "Nats-Pending-Messages";
 
 /// A durable, pulled: never more is asked for than can be taken in hand.
 pub(super) struct Pull {
@@ -72,6 +35,8 @@ pub(super) struct Pull {
     frames: Option<Subscriber>,
     client: Client,
     requests: Requests,
+    /// Where to ask about the durable.
+    info: Subject,
     queue: String,
     settle: Arc<Settler>,
     in_hand: Arc<InHand>,
@@ -100,15 +65,17 @@ impl Pull {
         // Before the subscription, so that no loss falls between the two.
         let loss = Box::pin(link.loss());
         let client = link.client.clone();
-        let inbox = Subject::from(client.new_inbox());
-        let frames = client.subscribe(inbox.clone()).await.map_err(|error| {
-            let what = format!("cannot subscribe to the replies of the durable `{}`", durable.names.durable);
+        let Names { stream, durable: name, .. } = &durable.names;
+        let inbox = client.new_inbox();
+        let frames = client.subscribe(format!("{inbox}.*")).await.map_err(|error| {
+            let what = format!("cannot subscribe to the replies of the durable `{name}`");
             BrokerError::new(BrokerErrorKind::Unreachable, what).with_source(error)
         })?;
         Ok(Self {
             frames: Some(frames),
             client,
             requests: Requests::new(&durable.names, inbox, durable),
+            info: format!("$JS.API.CONSUMER.INFO.{stream}.{name}").into(),
             queue: spec.name.clone(),
             settle: Arc::new(settler.counted(Arc::clone(in_hand))),
             in_hand: Arc::clone(in_hand),
@@ -125,12 +92,12 @@ impl Pull {
 
     /// How many messages may still arrive.
     pub(super) fn wanted(&self) -> usize {
-        self.requests.wanted
+        self.requests.wanted()
     }
 
     /// The last that was heard is a message, a moment ago, and not that there is none.
     pub(super) fn busy(&self) -> bool {
-        self.requests.brought.is_some_and(|brought| brought.elapsed() < BUSY)
+        self.requests.busy()
     }
 
     /// Asks for as many messages as are free, once half of what was asked for is used up: so the
@@ -147,9 +114,7 @@ impl Pull {
             ready.map_err(client_closed)?;
             let request = self.requests.request(count, patience);
             Pin::new(&mut self.client).start_send(request).map_err(client_closed)?;
-            if !self.requests.lapsed {
-                self.silence.broken();
-            }
+            self.silence.broken();
         }
         Ok(())
     }
@@ -208,7 +173,7 @@ impl Pull {
         if self.loss.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(connection_lost()));
         }
-        if self.requests.wanted > 0 && self.silence.poll(cx).is_ready() {
+        if self.requests.wanted() > 0 && self.silence.poll(cx).is_ready() {
             let what = format!("the server has not said a word for {:?}", self.silence.limit);
             return Poll::Ready(Err(BrokerError::new(BrokerErrorKind::Unreachable, what)));
         }
@@ -218,7 +183,7 @@ impl Pull {
     /// Ends it, and hands back what has arrived.
     pub(super) fn cancel(&mut self) -> BoxFuture<()> {
         let Some(frames) = self.frames.take() else { return Box::pin(async {}) };
-        let (client, info, wanted) = (self.client.clone(), self.requests.info.clone(), self.requests.wanted);
+        let (client, info, wanted) = (self.client.clone(), self.info.clone(), self.requests.wanted());
         Box::pin(HandBack { frames, client, info, wanted, replies: Vec::new() }.run())
     }
 }
@@ -237,9 +202,6 @@ impl HandBack {
     /// Gives back only after the subscription has ended: a nak before that would bring the
     /// message here again.
     async fn run(mut self) {
-        if self.wanted == 0 {
-            return;
-        }
         self.collect_what_is_on_its_way().await;
         self.unsubscribe().await;
         self.forget_requests().await;
@@ -280,131 +242,6 @@ impl HandBack {
             self.replies.extend(frame.reply);
         }
     }
-}
-
-/// The pull requests at the server, and how many messages they may still bring.
-struct Requests {
-    next: Subject,
-    info: Subject,
-    inbox: Subject,
-    wanted: usize,
-    largest: usize,
-    longest: Duration,
-    /// When the last message came, unless a request came to nothing since.
-    brought: Option<Instant>,
-    /// When the last of them is over, whether the server says so or not.
-    end: Instant,
-    timer: Pin<Box<Sleep>>,
-    /// Since the server's last word, one was over without any.
-    lapsed: bool,
-}
-
-impl Requests {
-    fn new(names: &Names, inbox: Subject, durable: &Durable) -> Self {
-        let of =
-            |api: &str| Subject::from(format!("$JS.API.CONSUMER.{api}.{}.{}", names.stream, names.durable));
-        let longest = durable.max_expires.unwrap_or(Duration::MAX);
-        let largest = durable.max_batch.unwrap_or(usize::MAX);
-        Self {
-            next: of("MSG.NEXT"),
-            info: of("INFO"),
-            inbox,
-            wanted: 0,
-            largest,
-            longest,
-            brought: None,
-            end: Instant::now(),
-            timer: Box::pin(sleep(LAPSE)),
-            lapsed: false,
-        }
-    }
-
-    /// How many to ask for, if it is time to.
-    fn due(&self, free: usize) -> Option<usize> {
-        let count = free.saturating_sub(self.wanted).min(self.largest);
-        (count > 0 && self.wanted <= free / 2).then_some(count)
-    }
-
-    fn request(&mut self, count: usize, patience: Patience) -> OutboundMessage {
-        self.wanted += count;
-        let expires = patience.expires().min(self.longest);
-        self.end = self.end.max(Instant::now() + expires);
-        let payload = if expires >= HEARTBEAT * 2 {
-            let (expires, heartbeat) = (expires.as_nanos(), HEARTBEAT.as_nanos());
-            format!(r#"{{"batch":{count},"expires":{expires},"idle_heartbeat":{heartbeat}}}"#)
-        } else {
-            // The server refuses a heartbeat longer than half the expiry. That is a sign of life itself.
-            format!(r#"{{"batch":{count},"expires":{}}}"#, expires.as_nanos())
-        };
-        let (subject, reply) = (self.next.clone(), Some(self.inbox.clone()));
-        OutboundMessage { subject, payload: payload.into(), headers: None, reply }
-    }
-
-    /// Ready: all are over. A server of 2.9 that has a message in the moment in which the request for it ends forgets the
-    /// request without a word, and keeps the message for the next one.
-    fn poll_lapse(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.wanted == 0 {
-            return Poll::Pending;
-        }
-        if self.timer.deadline() != self.end + LAPSE {
-            self.timer.as_mut().reset(self.end + LAPSE);
-        }
-        self.timer.as_mut().poll(cx).map(|()| {
-            (self.wanted, self.brought, self.lapsed) = (0, None, true);
-        })
-    }
-
-    fn arrived(&mut self) {
-        self.lapsed = false;
-        self.wanted = self.wanted.saturating_sub(1);
-        self.brought = Some(Instant::now());
-    }
-
-    /// Reads what the server says in place of a message.
-    fn status(&mut self, status: StatusCode, frame: &async_nats::Message) -> Result<(), BrokerError> {
-        let description = frame.description.as_deref().unwrap_or_default();
-        self.lapsed = false;
-        match status {
-            StatusCode::IDLE_HEARTBEAT => Ok(()),
-            // The request is over; without a count of what it did not bring, all of it is.
-            StatusCode::NOT_FOUND | StatusCode::TIMEOUT => {
-                self.over(frame);
-                Ok(())
-            }
-            StatusCode::REQUEST_TERMINATED if description == "Batch Completed" => {
-                self.over(frame);
-                Ok(())
-            }
-            _ => Err(terminated(status, description)),
-        }
-    }
-
-    fn over(&mut self, frame: &async_nats::Message) {
-        let left = frame.headers.as_ref().and_then(|headers| headers.get(PENDING_MESSAGES));
-        let left = left.and_then(|left| left.as_str().parse().ok()).unwrap_or(self.wanted);
-        self.wanted = self.wanted.saturating_sub(left);
-        if left > 0 {
-            self.brought = None;
-        }
-    }
-}
-
-fn terminated(status: StatusCode, description: &str) -> BrokerError {
-    let (kind, why) = match (status, description) {
-        (StatusCode::NO_RESPONDERS, _) => (
-            BrokerErrorKind::Unreachable,
-            "nobody answers: the durable or its stream is gone, or JetStream is away",
-        ),
-        (_, "Consumer Deleted") => (BrokerErrorKind::Closed, "the durable was deleted"),
-        (StatusCode::REQUEST_TERMINATED, text)
-            if text.starts_with("Exceeded MaxRequest") || text == "Consumer is push based" =>
-        {
-            (BrokerErrorKind::Refused, text)
-        }
-        (StatusCode::REQUEST_TERMINATED, text) => (BrokerErrorKind::Unreachable, text),
-        (_, text) => (BrokerErrorKind::Refused, text),
-    };
-    BrokerError::new(kind, format!("the server ended a pull request ({status}): {why}"))
 }
 
 fn connection_lost() -> BrokerError {
@@ -628,10 +465,6 @@ impl<'a> Place<'a> {
 
 #[cfg(test)]
 mod tests {
-    use std::future::poll_fn;
-
-    use async_nats::jetstream::{consumer, stream};
-
     use super::*;
 
     #[test]
@@ -644,38 +477,5 @@ mod tests {
         for none in ["", "$JS.ACK.S.d.3.100.7.17", "$JS.ACK.S.d.x.100.7.17.42", "_INBOX.a.b.c.d.e.f.g"] {
             assert_eq!(Place::read(none), None, "{none}");
         }
-    }
-
-    #[tokio::test]
-    async fn more_is_asked_for_once_half_is_used_up_and_never_more_than_is_free() {
-        let names = Names::of(&QueueSpec::new("q")).unwrap();
-        let durable = Durable::new(names.clone(), &stream::Config::default(), &consumer::Config::default());
-        let mut requests = Requests::new(&names, Subject::from("inbox"), &durable);
-        assert_eq!(requests.due(0), None);
-        assert_eq!(requests.due(8), Some(8));
-        requests.request(8, Patience::Alone);
-        for _ in 0..3 {
-            requests.arrived();
-        }
-        assert_eq!(requests.due(8), None, "five are on their way");
-        requests.arrived();
-        assert_eq!(requests.due(8), Some(4));
-        assert_eq!(requests.due(4), None, "four are on their way and four are free");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn requests_are_over_half_a_second_after_the_last_of_them_should_be() {
-        let names = Names::of(&QueueSpec::new("q")).unwrap();
-        let durable = Durable::new(names.clone(), &stream::Config::default(), &consumer::Config::default());
-        let mut requests = Requests::new(&names, Subject::from("inbox"), &durable);
-        requests.request(1, Patience::Shared);
-        requests.request(1, Patience::Glance);
-        let begin = Instant::now();
-        poll_fn(|cx| requests.poll_lapse(cx)).await;
-        assert_eq!(begin.elapsed(), Patience::Shared.expires() + LAPSE);
-        assert_eq!((requests.due(8), requests.lapsed), (Some(8), true));
-        assert!(poll_fn(|cx| requests.poll_lapse(cx)).now_or_never().is_none(), "nothing is asked for");
-        requests.arrived();
-        assert!(!requests.lapsed);
     }
 }
