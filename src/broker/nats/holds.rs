@@ -102,11 +102,13 @@ impl Clock {
     /// `Unreachable`: it cannot be learned. By a clock that is behind the server's, a schedule would be over before it
     /// begins, and the copy would go round and round.
     pub(super) async fn of(link: &Link, stream: &str, schedules: bool) -> Result<Self, BrokerError> {
-        // Before the question: what the answer takes makes a copy late, never early.
-        let seen = Instant::now();
+        let asked_at = Instant::now();
         let (act, api) = ("learn the server's time", format!("STREAM.INFO.{stream}"));
         let asked = link.client.send_request(format!("$JS.API.{api}"), Request::new()).await;
         let answer = asked.map_err(|error| topology::no_answer(act, &api, error))?;
+        // What the answer takes makes a copy late, never early: a schedule by a clock that is ahead, and what is left to
+        // wait by one that is behind.
+        let seen = if schedules { asked_at } else { Instant::now() };
         match time_in(&answer.payload) {
             Some(server) => Ok(Self::new(server, seen)),
             None if schedules => {
