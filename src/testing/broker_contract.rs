@@ -92,7 +92,7 @@ pub trait BrokerFixture: Send + Sync {
 
     /// A spec for a queue that nobody has used, with this in its name: `Declare::Create`, this
     /// prefetch, and a dead-letter destination of its own. A short hold step and a short ack
-    /// deadline (about 1 s) keep the suite short.
+    /// deadline (a few seconds) keep the suite short.
     fn queue(&self, name: &str, prefetch: u16) -> QueueSpec;
 
     /// Publishes as a stranger would, by the plain client, to a queue that is there; ends when

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
+use futures_util::future::{join, join_all};
 use guestlist::broker::nats::async_nats::jetstream::{self, consumer, stream};
 use guestlist::broker::nats::async_nats::{Client, HeaderMap, HeaderValue};
 use guestlist::broker::nats::{Nats, NatsOptionsBuilder, split};
@@ -309,7 +310,7 @@ mod contract {
 
     use super::*;
 
-    const ACK_WAIT: Duration = Duration::from_secs(1);
+    const ACK_WAIT: Duration = Duration::from_secs(4);
 
     struct JetStream {
         js: jetstream::Context,
@@ -471,7 +472,7 @@ async fn a_confirmed_ack_notices_that_the_durable_is_gone() {
 async fn a_confirmed_ack_without_an_answer_is_unknown() {
     let server = Server::start("").await;
     let nats = Nats::options()
-        .confirm_timeout(Duration::from_millis(300))
+        .confirm_timeout(Duration::from_secs(3))
         .connect(&server.url())
         .await
         .expect("connects");
@@ -490,8 +491,33 @@ async fn a_confirmed_ack_without_an_answer_is_unknown() {
     drop(inbox);
 }
 
+/// What is on its way for longer than `cancel` listens comes again only after `ack_wait`. That may happen to a busy server,
+/// but not each time.
+async fn in_one_of_three_tries<F: Future<Output = bool>>(mut attempt: impl FnMut() -> F) {
+    for _ in 0..3 {
+        if attempt().await {
+            return;
+        }
+    }
+    panic!("not in three tries");
+}
+
+/// Whether that many come before `ack_wait` is over, and then they are acked.
+async fn come_soon(nats: &Nats, spec: &QueueSpec, count: usize) -> bool {
+    let mut inbox = nats.subscribe(spec).await.expect("subscribed");
+    let Ok(all) = timeout(PATIENCE / 2, take(&mut inbox, count)).await else { return false };
+    for delivery in all {
+        settle(delivery, Disposition::Ack).await;
+    }
+    true
+}
+
 #[tokio::test]
 async fn cancel_hands_back_what_is_buffered_and_what_is_on_its_way() {
+    in_one_of_three_tries(all_is_handed_back).await;
+}
+
+async fn all_is_handed_back() -> bool {
     let (nats, mut spec, inbox, js) = ready("hand-back").await;
     inbox.close().await;
     spec.prefetch = 50;
@@ -510,14 +536,11 @@ async fn cancel_hands_back_what_is_buffered_and_what_is_on_its_way() {
         assert!(poll(&mut inbox, 50).await.is_none());
         inbox.close().await;
     }
-    let begin = Instant::now();
-    let mut inbox = nats.subscribe(&spec).await.expect("subscribed");
-    let all = take(&mut inbox, 50).await;
-    assert!(begin.elapsed() < PATIENCE, "all came before ack_wait was over");
-    for delivery in all {
-        settle(delivery, Disposition::Ack).await;
+    let came = come_soon(&nats, &spec, 50).await;
+    if came {
+        until("acked messages leave", || async { stored(&js, &spec.name).await == 0 }).await;
     }
-    until("acked messages leave", || async { stored(&js, &spec.name).await == 0 }).await;
+    came
 }
 
 #[tokio::test]
@@ -526,12 +549,11 @@ async fn an_abandoned_message_comes_again_only_after_ack_wait() {
     spec.nats = NatsOptions::new().ack_wait(Duration::from_secs(1));
     nats.prepare(&spec).await.expect("prepared");
     let mut inbox = nats.subscribe(&spec).await.expect("subscribed");
-    send(&js, &spec.name, "x").await;
-    let delivery = next(&mut inbox).await;
     let begin = Instant::now();
-    settle(delivery, Disposition::Abandon).await;
+    send(&js, &spec.name, "x").await;
+    settle(next(&mut inbox).await, Disposition::Abandon).await;
     let again = next(&mut inbox).await;
-    assert!(begin.elapsed() > Duration::from_millis(900), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() >= Duration::from_secs(1), "{:?}", begin.elapsed());
     settle(again, Disposition::Ack).await;
 }
 
@@ -863,8 +885,9 @@ async fn what_a_stream_refuses_is_not_taken_for_kept() {
 async fn a_deleted_durable_is_noticed_and_made_again() {
     let (nats, mut spec, mut inbox, js) = ready("durable-gone").await;
     stays_quiet(&mut inbox).await;
-    js.delete_consumer_from_stream(&spec.name, &spec.name).await.expect("deleted");
-    let error = timeout(PROMPT, end(&mut inbox)).await.expect("the server says so");
+    let deleted = js.delete_consumer_from_stream(&spec.name, &spec.name);
+    let (error, deleted) = join(timeout(PROMPT, end(&mut inbox)), deleted).await;
+    let error = deleted.map(|_| error).expect("deleted").expect("the server says so");
     assert!(!error.is_final(), "{error:?}");
     spec.declare = Declare::Check;
     assert!(refusal(nats.subscribe(&spec).await.map(drop)).contains(&format!("the durable `{}`", spec.name)));
@@ -878,8 +901,8 @@ async fn a_deleted_durable_is_noticed_and_made_again() {
 async fn a_deleted_stream_is_noticed_and_made_again() {
     let (nats, spec, mut inbox, js) = ready("stream-gone").await;
     stays_quiet(&mut inbox).await;
-    js.delete_stream(&spec.name).await.expect("deleted");
-    let error = timeout(PROMPT, end(&mut inbox)).await.expect("the server says so");
+    let (error, deleted) = join(timeout(PROMPT, end(&mut inbox)), js.delete_stream(&spec.name)).await;
+    let error = deleted.map(|_| error).expect("deleted").expect("the server says so");
     assert!(!error.is_final(), "{error:?}");
     let mut inbox = nats.subscribe(&spec).await.expect("subscribed again");
     send(&js, &spec.name, "x").await;
@@ -950,7 +973,8 @@ async fn a_frozen_server_is_noticed_by_its_silence() {
     let begin = Instant::now();
     let error = end(&mut inbox).await;
     assert_eq!(error.kind(), BrokerErrorKind::Unreachable);
-    assert!(begin.elapsed() < Duration::from_secs(12), "{:?}", begin.elapsed());
+    // The last request that it heard of is over first, and then it may be silent for 10 s.
+    assert!(begin.elapsed() < Duration::from_secs(16), "{:?}", begin.elapsed());
     server.signal("CONT");
 }
 
@@ -980,7 +1004,7 @@ async fn a_request_of_whose_end_nobody_tells_is_over_all_the_same() {
         let begin = Instant::now();
         send(&js, &spec.name, body).await;
         settle(next(&mut inbox).await, Disposition::Ack).await;
-        assert!(begin.elapsed() < Duration::from_secs(2), "{:?} is late", begin.elapsed());
+        assert!(begin.elapsed() < PROMPT, "{:?} is late", begin.elapsed());
     }
 }
 
@@ -1354,13 +1378,16 @@ async fn a_missing_permission_is_named() {
         Server::start(&format!("authorization {{ users: [ {}, {admin} ] }}\n", users.join(", "))).await;
     let login = |user: String| {
         let url = server.url().replace("://", &format!("://{user}:x@"));
-        let options = Nats::options().confirm_timeout(Duration::from_millis(300));
+        let options = Nats::options().confirm_timeout(Duration::from_secs(3));
         async move { options.connect(&url).await.expect("connects") }
     };
     login("admin".into()).await.prepare(&spec).await.expect("made");
     spec.declare = Declare::Check;
-    for (number, lacking) in needed.iter().enumerate() {
-        let error = login(format!("user{number}")).await.prepare(&spec).await.expect_err("not permitted");
+    let tried = (0..needed.len()).map(|number| {
+        let (nats, spec) = (login(format!("user{number}")), &spec);
+        async move { nats.await.prepare(spec).await.expect_err("not permitted") }
+    });
+    for (lacking, error) in needed.iter().zip(join_all(tried).await) {
         assert!(error.to_string().contains(&format!("`{lacking}`")), "{lacking}: {error}");
     }
 }

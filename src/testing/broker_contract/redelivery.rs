@@ -117,7 +117,7 @@ pub async fn a_message_released_without_delay_comes_again_at_once(fixture: &dyn 
     let begin = Instant::now();
     settle(delivery, Disposition::Release { after: Duration::ZERO }).await;
     let again = inbox.next().await;
-    let prompt = stage.features.ack_deadline.map_or(PROMPT, |deadline| PROMPT.min(deadline / 2));
+    let prompt = stage.features.ack_deadline.map_or(PROMPT, |deadline| PROMPT.min(deadline * 3 / 4));
     assert!(begin.elapsed() < prompt, "released without a delay, it came after {:?}", begin.elapsed());
     settle(again, Disposition::Ack).await;
     inbox.close().await;
@@ -125,22 +125,23 @@ pub async fn a_message_released_without_delay_comes_again_at_once(fixture: &dyn 
 }
 
 /// A message that comes again, by a copy or not, shows the original's id, headers, body and
-/// source, and hints at its attempt.
+/// source, and hints at its attempt: at one less if a delay was over before its copy was there.
 pub async fn a_requeued_message_is_its_original_again(fixture: &dyn BrokerFixture) {
     let stage = Stage::new(fixture, "original_again", 8).await;
     let mut inbox = stage.subscribe().await;
     stage.fixture.send(&stage.queue, "first/ö", &ODD_HEADERS, b"\0body\xff").await;
     let mut delivery = inbox.next().await;
     let original = delivery.message().clone();
-    for attempt in 2..=3 {
+    for attempt in 2..=4 {
         settle(delivery, Disposition::Requeue { after: Duration::from_millis(1) }).await;
         delivery = inbox.next().await;
-        while delivery.message().attempt() < attempt {
+        while delivery.message().attempt() + 1 < attempt {
             // The copy of an earlier requeue that was not confirmed in time came beside the message itself.
             settle(delivery, Disposition::Ack).await;
             delivery = inbox.next().await;
         }
         let again = delivery.message();
+        assert!(again.attempt() <= attempt, "delivered {attempt} times, it says {}", again.attempt());
         assert_eq!(again.id(), original.id(), "the id must be the original's");
         assert_eq!(again.transport_id(), original.transport_id());
         assert_eq!(again.payload(), original.payload(), "the body must be the original's");

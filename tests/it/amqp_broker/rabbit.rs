@@ -144,15 +144,12 @@ impl Rabbit {
 
     /// Takes the next message out of the queue, waiting for it.
     pub(crate) async fn take(&self, queue: &str) -> BasicGetMessage {
-        let wait = async {
-            loop {
-                if let Some(message) = self.get(queue).await {
-                    return message;
-                }
-                sleep(Duration::from_millis(10)).await;
-            }
-        };
-        timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("{queue} must have a message"))
+        must_have(queue, || self.get(queue)).await
+    }
+
+    /// The same, to be acked.
+    pub(crate) async fn take_unacked(&self, queue: &str) -> BasicGetMessage {
+        must_have(queue, || self.get_unacked(queue)).await
     }
 
     /// The next message, taken out of the queue, if there is one.
@@ -169,6 +166,21 @@ impl Rabbit {
         let options = BasicConsumeOptions::default();
         self.channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await.unwrap()
     }
+}
+
+async fn must_have<F: Future<Output = Option<BasicGetMessage>>>(
+    queue: &str,
+    get: impl Fn() -> F,
+) -> BasicGetMessage {
+    let wait = async {
+        loop {
+            if let Some(message) = get().await {
+                return message;
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("{queue} must have a message"))
 }
 
 pub(crate) fn text(text: &str) -> AMQPValue {
