@@ -2,8 +2,10 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use guestlist::dedup::{PostgresStore, RedisStore};
+use redis::AsyncConnectionConfig;
 use sqlx::{Connection, PgConnection};
 
 use super::{Folder, env, until};
@@ -64,8 +66,14 @@ impl Server {
     pub(super) async fn lose_everything(&self) {
         match self.kind {
             Kind::Redis => {
+                // The client's own limits are 1 s to connect and 500 ms for an answer: a busy machine breaks them.
+                let patience = Some(Duration::from_secs(20));
+                let config = AsyncConnectionConfig::new()
+                    .set_connection_timeout(patience)
+                    .set_response_timeout(patience);
                 let client = redis::Client::open(self.url()).unwrap();
-                let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+                let connection = client.get_multiplexed_async_connection_with_config(&config).await;
+                let mut connection = connection.unwrap();
                 redis::cmd("FLUSHALL").exec_async(&mut connection).await.unwrap();
             }
             Kind::Postgres => {

@@ -6,9 +6,12 @@ use futures_util::future::join_all;
 use guestlist::dedup::protocol::{Ask, Claim, Held, Token};
 use guestlist::dedup::{DedupStore, RedisStore};
 
-use super::server::{Plain, Server, key, until};
+use super::server::{Plain, Server, key, until, until_within};
 
 const HOUR: Duration = Duration::from_secs(3600);
+
+/// A Sentinel that was held up itself trusts no clock for 30 s, and it looks at some things every 10 s only.
+const SENTINELS: Duration = Duration::from_secs(60);
 
 fn ask(token: u128) -> Ask {
     Ask::new(Token::from_bits(token), HOUR, HOUR)
@@ -29,7 +32,8 @@ struct Cluster(Vec<Server>);
 
 impl Cluster {
     async fn start() -> Self {
-        let config = "cluster-enabled yes\ncluster-node-timeout 2000\nappendfsync always";
+        // No test waits until a node is taken for lost; one that is only slow must not be.
+        let config = "cluster-enabled yes\ncluster-node-timeout 15000\nappendfsync always";
         let nodes =
             vec![Server::start(config).await, Server::start(config).await, Server::start(config).await];
         for (node, slots) in nodes.iter().zip(["0 5460", "5461 10922", "10923 16383"]) {
@@ -185,14 +189,15 @@ impl Watched {
         let master = Server::start("").await;
         let replica =
             Server::start(&format!("replicaof 127.0.0.1 {}\nrepl-diskless-sync-delay 0", master.port)).await;
+        // A master that is only slow must not be taken for lost.
         let sentinel = Server::start_sentinel(&format!(
-            "sentinel monitor payments 127.0.0.1 {} 1\nsentinel down-after-milliseconds payments 500\nsentinel failover-timeout payments 3000",
+            "sentinel monitor payments 127.0.0.1 {} 1\nsentinel down-after-milliseconds payments 5000\nsentinel failover-timeout payments 3000",
             master.port
         ))
         .await;
         let watched = Self { master, replica, sentinel };
         let sentinel = watched.sentinel.plain().await;
-        until("the Sentinel knows the replica", || async {
+        until_within(SENTINELS, "the Sentinel knows the replica", || async {
             let replicas: Vec<redis::Value> = sentinel.ask("SENTINEL REPLICAS payments").await;
             !replicas.is_empty()
         })
@@ -225,7 +230,10 @@ async fn a_failover_by_sentinel_is_followed_and_suppresses_nothing() {
     watched.master.kill();
     watched.replica.signal("CONT");
 
-    until("the replica is the master", || async { store.claim(&key(4), &ask(4)).await.is_ok() }).await;
+    until_within(SENTINELS, "the replica is the master", || async {
+        store.claim(&key(4), &ask(4)).await.is_ok()
+    })
+    .await;
     assert!(is_done(&store, 1).await, "what was replicated is known");
     match store.claim(&key(3), &ask(33)).await.unwrap() {
         Claim::Acquired { fence, attempt, .. } => assert!(fence > before && attempt == 1, "it runs again"),
@@ -236,7 +244,7 @@ async fn a_failover_by_sentinel_is_followed_and_suppresses_nothing() {
     // The old master comes back, is made a replica, and nobody talks to it.
     watched.master.start_again();
     let old = || async { Plain::connect(&watched.master.url()).await };
-    until("the old master is a replica", || async {
+    until_within(SENTINELS, "the old master is a replica", || async {
         let Ok(plain) = old().await else { return false };
         let role: redis::RedisResult<String> = plain.try_ask(redis::cmd("INFO").arg("replication")).await;
         role.is_ok_and(|role| role.contains("role:slave"))

@@ -1,14 +1,16 @@
 //! The contract of all stores.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use guestlist::DedupKey;
 use guestlist::dedup::{DedupStore, RedisStore};
 use guestlist::testing::store_contract::{Pace, StoreFixture, store_contract};
 use tokio::sync::Mutex;
+use tokio::time::{Instant, sleep};
 
-use super::server::{Server, until};
+use super::server::{PATIENCE, Server, until};
 
 /// Stores on a server of their own, since the suite restarts it.
 struct OnRedis {
@@ -22,8 +24,17 @@ impl OnRedis {
         Self { url: server.url(), server: Mutex::new(server) }
     }
 
+    /// The suite connects more than a hundred times at once, to a server that waits for its disk: one of them may be longer
+    /// in coming than the store waits.
     async fn store(&self) -> RedisStore {
-        RedisStore::connect(&self.url).await.unwrap()
+        let give_up_at = Instant::now() + PATIENCE;
+        loop {
+            match RedisStore::connect(&self.url).await {
+                Ok(store) => return store,
+                Err(error) => assert!(Instant::now() < give_up_at, "{error:?}"),
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use guestlist::DedupKey;
 use guestlist::dedup::RedisStore;
 use redis::aio::MultiplexedConnection;
-use redis::{Cmd, FromRedisValue, RedisResult};
+use redis::{AsyncConnectionConfig, Cmd, FromRedisValue, RedisResult};
 use tokio::time::{sleep, timeout};
 
 /// What has not happened after this long will not happen.
@@ -45,13 +45,30 @@ pub(super) fn key(number: u128) -> DedupKey {
 }
 
 /// Waits for a condition that nothing announces.
-pub(super) async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
+pub(super) async fn until<F: Future<Output = bool>>(what: &str, holds: impl FnMut() -> F) {
+    until_within(PATIENCE, what, holds).await;
+}
+
+/// As [`until`], for what takes its time.
+pub(super) async fn until_within<F: Future<Output = bool>>(
+    patience: Duration,
+    what: &str,
+    mut holds: impl FnMut() -> F,
+) {
     let wait = async {
         while !holds().await {
             sleep(Duration::from_millis(10)).await;
         }
     };
-    timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("it did not become true that {what}"));
+    timeout(patience, wait).await.unwrap_or_else(|_| panic!("it did not become true that {what}"));
+}
+
+/// A connection without the client's own limits, which a busy machine breaks: 1 s to connect, 500 ms for an answer.
+pub(super) async fn connect(url: &str) -> RedisResult<MultiplexedConnection> {
+    let config = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(PATIENCE))
+        .set_response_timeout(Some(PATIENCE));
+    redis::Client::open(url)?.get_multiplexed_async_connection_with_config(&config).await
 }
 
 /// The plain client.
@@ -59,7 +76,7 @@ pub(super) struct Plain(MultiplexedConnection);
 
 impl Plain {
     pub(super) async fn connect(url: &str) -> RedisResult<Self> {
-        Ok(Self(redis::Client::open(url)?.get_multiplexed_async_connection().await?))
+        Ok(Self(connect(url).await?))
     }
 
     pub(super) async fn shared() -> Self {

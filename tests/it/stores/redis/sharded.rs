@@ -11,7 +11,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::faults::{finish, is_done};
-use super::server::Server;
+use super::server::{Server, connect};
 
 struct Sharded {
     shards: [Server; 2],
@@ -40,8 +40,7 @@ impl Sharded {
 async fn carry(client: TcpStream, urls: [String; 2]) -> Option<()> {
     let mut shards = Vec::new();
     for url in urls {
-        let shard = redis::Client::open(url).unwrap();
-        shards.push(shard.get_multiplexed_async_connection().await.ok()?);
+        shards.push(connect(&url).await.ok()?);
     }
     let mut client = BufReader::new(client);
     loop {
