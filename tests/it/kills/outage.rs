@@ -8,7 +8,7 @@ use guestlist::broker::memory::MemoryBroker;
 use guestlist::testing::Recorder;
 use guestlist::testing::checker::{Checker, Marker, Reason, Report};
 use guestlist::{
-    Backoff, CancellationToken, Cause, Consumer, Error, Message, Queue, QueueStatus, State, Status,
+    Backoff, CancellationToken, Cause, Consumer, Error, EventKind, Message, Queue, QueueStatus, State, Status,
 };
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, interval, sleep};
@@ -67,6 +67,15 @@ impl Shop {
 
     fn queue(&self) -> QueueStatus {
         self.status.queue(QUEUE).unwrap_or_default()
+    }
+
+    /// No claim is about to start a handler, and no handler runs.
+    fn stands_still(&self) -> bool {
+        let latest: HashMap<u64, EventKind> =
+            self.log.events().iter().map(|event| (event.delivery, event.kind)).collect();
+        let (began, ended) = self.runs.count();
+        began == ended
+            && !latest.values().any(|kind| matches!(kind, EventKind::Claimed(_) | EventKind::Started))
     }
 
     async fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
@@ -135,7 +144,7 @@ async fn stands_still(shop: &Shop, what: &str) {
     println!("{what}: paused after {:?}", away_since.elapsed());
     assert_eq!(shop.queue().paused_by, Some(Cause::StoreDown));
     assert!(!shop.status.is_healthy());
-    shop.until("what had begun has ended", |shop| shop.runs.count().0 == shop.runs.count().1).await;
+    shop.until("what was claimed has run and ended", Shop::stands_still).await;
     let before = shop.runs.count();
     while away_since.elapsed() < OUTAGE {
         assert_eq!(shop.queue().paused_by, Some(Cause::StoreDown), "{what}");
@@ -152,7 +161,7 @@ async fn a_stopped_store_pauses_the_queue(kind: Kind) {
     let load = load(shop.broker.clone(), enough.clone());
     shop.until("it works", |shop| shop.runs.count().1 >= 100).await;
 
-    server.kill();
+    server.kill().await;
     shop.log.mark("server", Marker::StoreAway);
     stands_still(&shop, &what).await;
     let before = shop.runs.count().1;

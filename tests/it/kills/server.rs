@@ -50,10 +50,25 @@ impl Server {
         }
     }
 
-    /// SIGKILL: nothing is written that was not.
-    pub(super) fn kill(&mut self) {
+    /// SIGKILL: nothing is written that was not. PostgreSQL's backends outlive their server by a moment in which they may
+    /// answer one more question.
+    pub(super) async fn kill(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
+        if self.kind == Kind::Postgres {
+            until("the killed server's backends are gone", || std::future::ready(!self.has_backends())).await;
+        }
+    }
+
+    /// Whether somebody is attached to the shared memory that its pid file names, which is how `scripts/stores` knows too.
+    fn has_backends(&self) -> bool {
+        let pid_file = std::fs::read_to_string(self.folder.0.join("postgres/data/postmaster.pid")).unwrap();
+        let id = pid_file.lines().nth(6).and_then(|line| line.split_whitespace().nth(1)).unwrap();
+        let segments = std::fs::read_to_string("/proc/sysvipc/shm").unwrap();
+        segments.lines().any(|segment| {
+            let columns: Vec<&str> = segment.split_whitespace().collect();
+            columns[1] == id && columns[6] != "0"
+        })
     }
 
     /// Waits until it answers somebody.
