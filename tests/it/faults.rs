@@ -466,13 +466,13 @@ async fn f14_a_release_without_an_answer_by_the_end_of_the_lease_is_abandoned_no
     lab.check();
 }
 
-/// In real time: a handler that blocks its thread for longer than the lease.
+/// In real time: a handler that blocks its thread for longer than the lease, which a stall does not end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn f15_a_blocking_handler_does_not_starve_the_renewals_of_other_threads() {
     let lab = Lab::new();
     let queue = || {
-        lab.queue().lease(Duration::from_millis(400)).handler(lab.handler(|_| {
-            std::thread::sleep(Duration::from_millis(1500));
+        lab.queue().lease(4 * SECOND).handler(lab.handler(|_| {
+            std::thread::sleep(6 * SECOND);
             async { Ok(()) }
         }))
     };

@@ -148,7 +148,7 @@ async fn a_broker_that_keeps_silent_is_given_up_and_hung_up_on() {
         let _ = socket.read_to_end(&mut greeting).await;
         greeting
     });
-    let silent = format!("amqp://127.0.0.1:{port}?connection_timeout=300");
+    let silent = format!("amqp://127.0.0.1:{port}?connection_timeout=3000");
     let error = Amqp::connect(&silent).await.unwrap_err();
     assert_eq!(error.kind(), BrokerErrorKind::Unreachable);
     let greeting = tokio::time::timeout(Duration::from_secs(5), heard).await.expect("nobody hung up");

@@ -1,20 +1,30 @@
 //! Delays over real brokers: between attempts, and those that a sender asks for.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use guestlist::delay::{DELIVER_AFTER, DELIVER_AT};
 use guestlist::prelude::*;
-use guestlist::{BoxFuture, Cause};
+use guestlist::{BoxFuture, Cause, State};
 
 use super::{Running, unique};
 
 /// No delay that was asked for may be shorter, nor much longer. How much exactly depends on the machine: the figures are printed.
 const LATE: Duration = Duration::from_secs(1);
+/// How often delays are measured before it is believed that they are too long by the code and not by the machine. The
+/// first measurement also has RabbitMQ's hold queues made, which takes time once.
+const MEASUREMENTS: usize = 4;
 
-/// When each attempt started.
+/// The header by which a test tells the messages apart that it sends together.
+const SORT: &str = "sort";
+
+/// One attempt: the message's sort, its number, when it started.
+type Start = (String, u32, Instant);
+
+/// Every attempt.
 #[derive(Clone, Default)]
-struct Timeline(Arc<Mutex<Vec<(u32, Instant)>>>);
+struct Timeline(Arc<Mutex<Vec<Start>>>);
 
 impl Timeline {
     /// A handler that fails so often, and then succeeds.
@@ -23,26 +33,74 @@ impl Timeline {
         times: u32,
     ) -> impl Fn(Message, Attempt) -> BoxFuture<Result<(), Failure>> + Clone + use<> {
         let line = Arc::clone(&self.0);
-        move |_: Message, Attempt(attempt): Attempt| {
-            line.lock().unwrap().push((attempt, Instant::now()));
+        move |message: Message, Attempt(attempt): Attempt| {
+            let sort = message.headers().get_str(SORT).unwrap_or_default().to_owned();
+            line.lock().unwrap().push((sort, attempt, Instant::now()));
             let answer = if attempt <= times { Err(Failure::transient("not yet")) } else { Ok(()) };
             Box::pin(std::future::ready(answer))
         }
     }
 
     fn attempts(&self) -> Vec<u32> {
-        self.0.lock().unwrap().iter().map(|(attempt, _)| *attempt).collect()
+        self.0.lock().unwrap().iter().map(|(_, attempt, _)| *attempt).collect()
     }
 
-    fn starts(&self) -> Vec<Instant> {
-        self.0.lock().unwrap().iter().map(|(_, start)| *start).collect()
+    /// The attempts since this was asked before.
+    fn take(&self) -> Vec<Start> {
+        std::mem::take(&mut self.0.lock().unwrap())
     }
 }
 
-fn in_time(what: &str, found: Duration, asked: Duration) {
-    println!("{what}: asked for {asked:?}, found {found:?}, {:?} late", found.saturating_sub(asked));
-    assert!(found >= asked, "{what}: {found:?} is earlier than {asked:?}");
-    assert!(found < asked + LATE, "{what}: {found:?} instead of {asked:?}");
+/// A delay that was measured.
+struct Wait {
+    what: String,
+    found: Duration,
+    asked: Duration,
+}
+
+impl Wait {
+    fn new(what: impl Into<String>, found: Duration, asked: Duration) -> Self {
+        Self { what: what.into(), found, asked }
+    }
+
+    /// By how much it was longer than asked for: it is never shorter.
+    fn late(&self) -> Duration {
+        let Self { what, found, asked } = self;
+        let late = found.checked_sub(*asked);
+        let late = late.unwrap_or_else(|| panic!("{what}: {found:?} is earlier than {asked:?}"));
+        println!("{what}: asked for {asked:?}, found {found:?}, {late:?} late");
+        late
+    }
+}
+
+/// Measures until the best of each delay is in time: a busy machine makes some of them late, a wrong delay all of them.
+async fn in_time(measure: impl AsyncFn() -> Vec<Wait>) {
+    let mut best = BTreeMap::new();
+    for _ in 0..MEASUREMENTS {
+        for wait in measure().await {
+            let late = wait.late();
+            let best = best.entry(wait.what).or_insert(late);
+            *best = late.min(*best);
+        }
+        if best.values().all(|late| *late < LATE) {
+            return;
+        }
+    }
+    panic!("late by {best:?} at best, of {MEASUREMENTS} measurements");
+}
+
+/// Once it consumes: what comes before is no delay of a message.
+async fn consuming(url: &str, queue: Queue, name: &str) -> Running {
+    let running = Running::start(url, queue, name).await;
+    running.until("it consumes", |queue| queue.state == State::Running).await;
+    running
+}
+
+/// Sends by this, and waits until so many more are handled.
+async fn until_handled(running: &Running, more: u64, send: impl AsyncFnOnce()) {
+    let all = running.status().handled + more;
+    send().await;
+    running.until("all are handled", |queue| queue.handled == all).await;
 }
 
 /// 300 ms, 900 ms, 2.7 s.
@@ -58,14 +116,18 @@ pub(super) async fn attempts_come_when_the_policy_says(
     send: impl AsyncFn(&[(&str, String)]),
 ) {
     let line = Timeline::default();
-    let running = Running::start(url, queue.backoff(exact()).handler(line.failing(3)), name).await;
-    send(&[]).await;
-    running.until("it is handled", |queue| queue.handled == 1).await;
+    let running = consuming(url, queue.backoff(exact()).handler(line.failing(3)), name).await;
+    in_time(async || {
+        until_handled(&running, 1, async || send(&[]).await).await;
+        assert_eq!(line.attempts(), [1, 2, 3, 4]);
+        let starts = line.take();
+        let waits = (1..).zip(starts.windows(2)).map(|(n, pair)| {
+            Wait::new(format!("{name}: attempt {}", n + 1), pair[1].2 - pair[0].2, exact().delay(n))
+        });
+        waits.collect()
+    })
+    .await;
     running.stop().await;
-    assert_eq!(line.attempts(), [1, 2, 3, 4]);
-    for (n, pair) in (1..).zip(line.starts().windows(2)) {
-        in_time(&format!("{name}: attempt {}", n + 1), pair[1] - pair[0], exact().delay(n));
-    }
 }
 
 /// Fails for ever: a dead letter after exactly as many attempts as there may be.
@@ -92,21 +154,29 @@ pub(super) async fn a_sender_chooses_the_time(
     send: impl AsyncFn(&[(&str, String)]),
 ) {
     let line = Timeline::default();
-    let running = Running::start(url, queue.handler(line.failing(0)), name).await;
-    let begin = Instant::now();
-    let at = std::time::SystemTime::now() + Duration::from_millis(2600);
-    let at = at.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
-    send(&[(DELIVER_AT, format!("{at:.3}"))]).await;
-    send(&[(DELIVER_AFTER, "1400ms".to_owned())]).await;
-    send(&[]).await;
-    running.until("all are handled", |queue| queue.handled == 3).await;
+    let running = consuming(url, queue.handler(line.failing(0)), name).await;
+    in_time(async || {
+        let begin = Instant::now();
+        until_handled(&running, 3, async || {
+            let at = std::time::SystemTime::now() + Duration::from_millis(2600);
+            let at = at.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
+            send(&[(SORT, "at".to_owned()), (DELIVER_AT, format!("{at:.3}"))]).await;
+            send(&[(SORT, "after".to_owned()), (DELIVER_AFTER, "1400ms".to_owned())]).await;
+            send(&[(SORT, "at once".to_owned())]).await;
+        })
+        .await;
+        assert_eq!(line.attempts(), [1, 1, 1], "a wait is no attempt");
+        // The header was rounded to the millisecond, after `begin`.
+        let asked = [("at once", 0), ("after", 1400), ("at", 2599)];
+        let starts = line.take();
+        let waits = asked.map(|(sort, asked)| {
+            let (_, _, start) = starts.iter().find(|start| start.0 == sort).unwrap();
+            Wait::new(format!("{name}: {sort}"), *start - begin, Duration::from_millis(asked))
+        });
+        waits.into()
+    })
+    .await;
     running.stop().await;
-    assert_eq!(line.attempts(), [1, 1, 1], "a wait is no attempt");
-    let starts = line.starts();
-    in_time(&format!("{name}: at once"), starts[0] - begin, Duration::ZERO);
-    in_time(&format!("{name}: deliver-after"), starts[1] - begin, Duration::from_millis(1400));
-    // The header was rounded to the millisecond, after `begin`.
-    in_time(&format!("{name}: deliver-at"), starts[2] - begin, Duration::from_millis(2599));
 }
 
 /// It is parked with what is wrong with it, and never handled.
@@ -126,6 +196,10 @@ pub(super) async fn a_time_that_is_none_is_parked(
 
 #[tokio::test]
 async fn in_memory() {
+    in_time(async || vec![a_delay_in_memory().await]).await;
+}
+
+async fn a_delay_in_memory() -> Wait {
     use guestlist::Consumer;
     use guestlist::broker::memory::MemoryBroker;
 
@@ -146,12 +220,12 @@ async fn in_memory() {
     let stop = broker.clone();
     let until_empty = async move { stop.drained("delays").await.unwrap() };
     Consumer::new(broker.clone()).queue(queue).run_until(until_empty).await.unwrap();
-    in_time("memory", line.starts()[0] - begin, Duration::from_millis(800));
     assert_eq!(line.attempts(), [1]);
     let letters = broker.messages("delays.dead").unwrap();
     let record = guestlist::broker::copy::DeadLetter::read(&letters[0]).unwrap();
     assert_eq!((letters.len(), record.cause.as_str()), (1, Cause::Undecodable.name()));
     assert!(record.error.contains("deliver-after") && !record.error.contains("soon"), "{}", record.error);
+    Wait::new("memory", line.take()[0].2 - begin, Duration::from_millis(800))
 }
 
 #[cfg(feature = "amqp")]
@@ -227,12 +301,17 @@ pub(super) mod amqp {
         // Of other arguments than ours: it can be neither made nor used.
         stranger.declare(&format!("{name}.hold.2000ms"), "classic").await;
         let line = Timeline::default();
-        let running = Running::start(&url(), queue.handler(line.failing(0)), &name).await;
-        let begin = Instant::now();
-        send(&stranger, &name, &[(DELIVER_AFTER, "2s".to_owned())]).await;
-        running.until("it is handled", |queue| queue.handled == 1).await;
+        let running = consuming(&url(), queue.handler(line.failing(0)), &name).await;
+        in_time(async || {
+            let begin = Instant::now();
+            let delayed = [(DELIVER_AFTER, "2s".to_owned())];
+            until_handled(&running, 1, async || send(&stranger, &name, &delayed).await).await;
+            let starts = line.take();
+            assert_eq!(starts.len(), 1);
+            vec![Wait::new("by the shortest step", starts[0].2 - begin, Duration::from_secs(2))]
+        })
+        .await;
         running.stop().await;
-        in_time("by the shortest step", line.starts()[0] - begin, Duration::from_secs(2));
         assert_eq!(stranger.ready(&format!("{name}.hold.2000ms")).await, 0);
     }
 

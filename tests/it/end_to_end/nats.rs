@@ -18,7 +18,7 @@ use super::{
     shuffled_ids, survives, third_time_lucky, unique, until,
 };
 
-/// Longer than the duplicate window of the streams here: the server itself would swallow a copy within it.
+/// The duplicate window of the streams here: the server itself swallows a copy within it.
 const WINDOW: Duration = Duration::from_millis(100);
 
 pub(super) fn url() -> String {
@@ -70,13 +70,26 @@ impl Stranger {
     }
 
     pub(super) async fn send(&self, subject: &str, id: &str) {
-        let message = PublishMessage::build().message_id(id).payload(body(id).into());
-        self.0.send_publish(subject.to_owned(), message).await.unwrap().await.unwrap();
+        loop {
+            let message = PublishMessage::build().message_id(id).payload(body(id).into());
+            let ack = self.0.send_publish(subject.to_owned(), message).await.unwrap().await.unwrap();
+            if !ack.duplicate {
+                return;
+            }
+            // Within the server's own window it is not a copy that anybody sees.
+            tokio::time::sleep(WINDOW / 4).await;
+        }
     }
 
     /// How many messages the stream keeps.
     pub(super) async fn kept(&self, stream: &str) -> u64 {
         self.0.get_stream(stream).await.unwrap().cached_info().state.messages
+    }
+
+    /// Waits for it: the server answers a question before it has worked off the acks that came earlier.
+    async fn keeps(&self, stream: &str, messages: u64) {
+        let what = format!("{stream} keeps {messages} messages");
+        until(&what, || async { self.kept(stream).await == messages }).await;
     }
 }
 
@@ -114,8 +127,6 @@ async fn a_strangers_copies_are_skipped_whoever_publishes_them() {
             for id in &ids {
                 stranger.send(&name, id).await;
             }
-            // Past the server's own duplicate window, as a late copy is.
-            tokio::time::sleep(WINDOW * 5).await;
             for id in &copies {
                 stranger.send(&name, id).await;
             }
@@ -125,7 +136,7 @@ async fn a_strangers_copies_are_skipped_whoever_publishes_them() {
             assert_eq!(sent, ids.len() + copies.len(), "the server swallowed a copy");
         }
         handles_each_id_once(running, &ledger).await;
-        assert_eq!(stranger.kept(&name).await, 0, "the stream is not empty");
+        stranger.keeps(&name, 0).await;
     }
 }
 
@@ -157,7 +168,8 @@ async fn i1_a_failed_message_is_with_the_dead_letters_as_it_was_sent() {
     running.stop().await;
 
     assert_eq!(ledger.runs(&body("bad")), 3);
-    assert_eq!((stranger.kept(&name).await, stranger.kept(&dead(&name)).await), (0, 1));
+    stranger.keeps(&name, 0).await;
+    stranger.keeps(&dead(&name), 1).await;
     let letter = stranger.0.get_stream(&dead(&name)).await.unwrap().get_raw_message(1).await.unwrap();
     assert_eq!(letter.payload, body("bad").as_bytes());
     let header = |name: &str| letter.headers.get(name).map(|value| value.as_str().to_owned());
@@ -195,7 +207,8 @@ async fn f12_without_a_destination_the_message_stays_and_the_queue_pauses_until_
     running.until("the bad one is parked", |queue| !queue.dead_letters.is_empty()).await;
     running.until("the good one is handled", |queue| queue.handled == 1).await;
     running.stop().await;
-    assert_eq!((stranger.kept(&name).await, stranger.kept(&dead(&name)).await), (0, 1));
+    stranger.keeps(&name, 0).await;
+    stranger.keeps(&dead(&name), 1).await;
 }
 
 #[tokio::test]
@@ -217,7 +230,8 @@ async fn f24_a_durable_that_is_deleted_and_made_again_is_consumed_again() {
     };
     let send = async |id: String| stranger.send(&name, &id).await;
     survives(&url(), queue(&name), &name, send, harm).await;
-    until("every message is settled on the new durable", || async { stranger.kept(&name).await == 0 }).await;
+    // On the new durable.
+    stranger.keeps(&name, 0).await;
 }
 
 #[tokio::test]
@@ -242,7 +256,7 @@ async fn f8_a_server_killed_and_started_again_loses_nothing_and_repeats_nothing_
     let stranger = Stranger::at(&server.url()).await;
     stranger.send(&name, "after").await;
     running.until("the next one too", |queue| queue.handled == 6).await;
-    until("every message is settled", || async { stranger.kept(&name).await == 0 }).await;
+    stranger.keeps(&name, 0).await;
     running.stop().await;
     assert!(gated.ledger.successes().iter().all(|count| *count == 1), "a completed run ran again");
     server.end().await;
