@@ -44,6 +44,10 @@ pub(super) const HEARTBEAT: Duration = Duration::from_secs(5);
 /// How long after its time a request is taken for over of which the server has not said so: the way of that word.
 const LAPSE: Duration = Duration::from_millis(500);
 
+/// How often in a row that may be: a server that says nothing is asked for no more than three times what there is room for.
+/// Once would not do: a second request can be forgotten as the first one was.
+const LAPSES: u32 = 2;
+
 /// How long a message says that there are more: for longer than another one's request may keep the places for them.
 const BUSY: Duration = Duration::from_secs(2);
 
@@ -76,9 +80,8 @@ struct Asked {
 /// What was taken for over without the server's word.
 struct Lapse {
     timer: Pin<Box<Sleep>>,
-    /// One has, since the last word. What was asked for after it is not, before the next word: so a server that says
-    /// nothing is asked for no more than twice what there is room for.
-    since_word: bool,
+    /// How often, since the last word.
+    since_word: u32,
     /// The newest request when one was last. What is not in `asked` of those, `wanted` does not count either.
     newest: u64,
 }
@@ -96,7 +99,7 @@ impl Requests {
             asked: VecDeque::new(),
             number: 0,
             brought: None,
-            lapse: Lapse { timer: Box::pin(sleep(LAPSE)), since_word: false, newest: 0 },
+            lapse: Lapse { timer: Box::pin(sleep(LAPSE)), since_word: 0, newest: 0 },
         }
     }
 
@@ -146,7 +149,7 @@ impl Requests {
 
     /// Of a message.
     pub(super) fn arrived(&mut self) {
-        self.lapse.since_word = false;
+        self.lapse.since_word = 0;
         self.wanted = self.wanted.saturating_sub(1);
         self.brought = Some(Instant::now());
     }
@@ -162,7 +165,7 @@ impl Requests {
         frame: &async_nats::Message,
     ) -> Result<(), BrokerError> {
         let description = frame.description.as_deref().unwrap_or_default();
-        self.lapse.since_word = false;
+        self.lapse.since_word = 0;
         match status {
             StatusCode::IDLE_HEARTBEAT => Ok(()),
             StatusCode::NOT_FOUND | StatusCode::TIMEOUT => {
@@ -211,7 +214,8 @@ impl Requests {
             ready!(self.lapse.poll(cx, end + LAPSE));
             self.asked.remove(place);
             if self.less(0) {
-                (self.lapse.since_word, self.lapse.newest) = (true, self.number);
+                self.lapse.since_word += 1;
+                self.lapse.newest = self.number;
                 return Poll::Ready(());
             }
         }
@@ -220,7 +224,7 @@ impl Requests {
 
     fn first_to_lapse(&self) -> Option<(Instant, usize)> {
         let Lapse { since_word, newest, .. } = self.lapse;
-        let may = |asked: &Asked| !since_word || asked.number <= newest;
+        let may = |asked: &Asked| since_word < LAPSES || asked.number <= newest;
         let ends = self.asked.iter().enumerate().filter(|(_, asked)| may(asked));
         ends.map(|(place, asked)| (asked.end, place)).min()
     }
@@ -327,13 +331,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_request_of_whose_end_nobody_tells_is_over_but_only_once_before_the_next_word() {
+    async fn a_request_of_whose_end_nobody_tells_is_over_but_only_twice_before_the_next_word() {
         let mut requests = requests();
         let (begin, span) = (Instant::now(), Patience::Shared.expires() + LAPSE);
         requests.request(1, Patience::Shared);
         lapse(&mut requests).await;
         assert_eq!((requests.wanted(), begin.elapsed()), (0, span));
         assert!(!lapses_now(&mut requests), "nothing is asked for");
+        requests.request(1, Patience::Shared);
+        lapse(&mut requests).await;
         requests.request(1, Patience::Shared);
         tokio::time::advance(span * 9).await;
         assert!(!lapses_now(&mut requests), "that is for silence to decide");
