@@ -275,10 +275,10 @@ impl Drop for Server {
 }
 
 /// Publishes as no client library would.
-fn send_raw(url: &str, subject: &str, headers: &[u8], body: &[u8]) {
+fn send_raw(url: &str, subject: &str, status: &[u8], headers: &[u8], body: &[u8]) {
     let address = url.trim_start_matches("nats://");
     let mut server = TcpStream::connect(address).expect("connects");
-    let block = [b"NATS/1.0\r\n", headers, b"\r\n"].concat();
+    let block = [b"NATS/1.0", status, b"\r\n", headers, b"\r\n"].concat();
     let total = block.len() + body.len();
     write!(
         server,
@@ -392,7 +392,7 @@ async fn a_strangers_id_headers_and_place_are_seen() {
     settle(next(&mut inbox).await, Disposition::Ack).await;
     let url = env("GUESTLIST_NATS_URL");
     let headers = b"Nats-Msg-Id:order-17\r\nh: 1\r\nh: 2\r\ncontent-type: text/plain\r\n";
-    send_raw(&url, &spec.name, headers, b"\0\xff");
+    send_raw(&url, &spec.name, b"", headers, b"\0\xff");
 
     let delivery = next(&mut inbox).await;
     let message = delivery.message();
@@ -420,6 +420,21 @@ async fn a_strangers_id_headers_and_place_are_seen() {
     assert_eq!((again.message().broker_deliveries(), again.message().redelivered()), (Some(2), true));
     settle(again, Disposition::Ack).await;
     until("acked messages leave", || async { stored(&js, &spec.name).await == 0 }).await;
+}
+
+/// A sender may write what he likes into the first line of the headers.
+#[tokio::test]
+async fn a_message_that_reads_as_a_word_of_the_servers_is_a_message() {
+    let (_nats, spec, mut inbox, _) = ready("words").await;
+    let words =
+        [" 503", " 408 Request Timeout", " 409 Consumer Deleted", " 100 Idle Heartbeat", " 404 No Messages"];
+    for word in words {
+        send_raw(&env("GUESTLIST_NATS_URL"), &spec.name, word.as_bytes(), b"h: v\r\n", word.as_bytes());
+        let delivery = next(&mut inbox).await;
+        assert_eq!(delivery.message().payload(), word.as_bytes());
+        assert_eq!(delivery.message().headers().get_str("h"), Some("v"));
+        settle(delivery, Disposition::Ack).await;
+    }
 }
 
 #[tokio::test]

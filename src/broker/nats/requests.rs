@@ -41,6 +41,10 @@ impl Patience {
 /// How often the server says that it still has the request: 5 s.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(5);
 
+/// How long a request without heartbeats stays at most: the server's only word may be that it is over, and must come before
+/// silence is judged.
+const WITHOUT_HEARTBEATS: Duration = Duration::from_secs(9);
+
 /// How long after its time a request is taken for over of which the server has not said so: the way of that word.
 const LAPSE: Duration = Duration::from_millis(500);
 
@@ -65,6 +69,8 @@ pub(super) struct Requests {
     asked: VecDeque<Asked>,
     /// How many there have been.
     number: u64,
+    /// How many messages they have brought.
+    arrivals: u64,
     /// When the last message came, unless a request came to nothing since.
     brought: Option<Instant>,
     lapse: Lapse,
@@ -75,6 +81,8 @@ struct Asked {
     number: u64,
     count: usize,
     end: Instant,
+    /// How many messages had been brought when it was made.
+    before: u64,
 }
 
 /// What was taken for over without the server's word.
@@ -98,6 +106,7 @@ impl Requests {
             wanted: 0,
             asked: VecDeque::new(),
             number: 0,
+            arrivals: 0,
             brought: None,
             lapse: Lapse { timer: Box::pin(sleep(LAPSE)), since_word: 0, newest: 0 },
         }
@@ -106,6 +115,11 @@ impl Requests {
     /// How many messages they may still bring.
     pub(super) fn wanted(&self) -> usize {
         self.wanted
+    }
+
+    /// Whether anything may still arrive: also what was given up.
+    pub(super) fn may_bring_more(&self) -> bool {
+        self.wanted > 0 || self.lapse.newest > 0
     }
 
     /// The last that was heard is a message, a moment ago, and not that there is none.
@@ -120,10 +134,11 @@ impl Requests {
     }
 
     pub(super) fn request(&mut self, count: usize, patience: Patience) -> OutboundMessage {
-        let expires = patience.expires().min(self.longest);
+        let expires = expires(patience, self.longest);
         self.number += 1;
         self.wanted += count;
-        self.asked.push_back(Asked { number: self.number, count, end: Instant::now() + expires });
+        let end = Instant::now() + expires;
+        self.asked.push_back(Asked { number: self.number, count, end, before: self.arrivals });
         self.drop_the_done();
         let reply = Subject::from(format!("{}.{}", self.inbox, self.number));
         OutboundMessage {
@@ -134,10 +149,12 @@ impl Requests {
         }
     }
 
-    /// Nobody tells when a request has brought all: it has if the later ones can bring all that is wanted.
+    /// Nobody tells when a request has brought all: it has if the later ones can bring all that is wanted. If not, it is
+    /// over before them, or it has to be kept.
     fn drop_the_done(&mut self) {
         while let Some(first) = self.asked.front()
             && self.all_asked() - first.count >= self.wanted
+            && self.asked.iter().all(|other| first.end <= other.end)
         {
             self.asked.pop_front();
         }
@@ -149,6 +166,7 @@ impl Requests {
 
     /// Of a message.
     pub(super) fn arrived(&mut self) {
+        self.arrivals += 1;
         self.lapse.since_word = 0;
         self.wanted = self.wanted.saturating_sub(1);
         self.brought = Some(Instant::now());
@@ -192,6 +210,16 @@ impl Requests {
         let left = frame.headers.as_ref().and_then(|headers| headers.get(PENDING_MESSAGES));
         let left = left.and_then(|left| left.as_str().parse().ok()).unwrap_or(0);
         self.less(left);
+        self.wanted = self.wanted.max(self.still_to_come());
+    }
+
+    /// What the newest request can bring if all that arrived since was its own. Another one's late message may have been
+    /// taken for one of it.
+    fn still_to_come(&self) -> usize {
+        let newest = self.asked.back();
+        newest.map_or(0, |newest| {
+            newest.count.saturating_sub(usize::try_from(self.arrivals - newest.before).unwrap_or(usize::MAX))
+        })
     }
 
     /// Whether any is.
@@ -214,8 +242,10 @@ impl Requests {
             ready!(self.lapse.poll(cx, end + LAPSE));
             self.asked.remove(place);
             if self.less(0) {
-                self.lapse.since_word += 1;
-                self.lapse.newest = self.number;
+                if self.lapse.since_word < LAPSES {
+                    self.lapse.since_word += 1;
+                    self.lapse.newest = self.number;
+                }
                 return Poll::Ready(());
             }
         }
@@ -237,6 +267,11 @@ impl Lapse {
         }
         self.timer.as_mut().poll(cx)
     }
+}
+
+fn expires(patience: Patience, longest: Duration) -> Duration {
+    let expires = patience.expires().min(longest);
+    if expires < HEARTBEAT * 2 { expires.min(WITHOUT_HEARTBEATS) } else { expires }
 }
 
 fn payload(count: usize, expires: Duration) -> String {
@@ -361,6 +396,62 @@ mod tests {
         assert_eq!(requests.wanted(), 11, "those of the second one");
         told(&mut requests, &second, 11);
         assert_eq!(requests.wanted(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_says_nothing_is_asked_twice_more_at_most() {
+        let mut requests = requests();
+        requests.longest = Duration::from_secs(5);
+        requests.request(8, Patience::Alone);
+        arrive(&mut requests, 4);
+        tokio::time::advance(Duration::from_secs(2)).await;
+        let mut asked = 0;
+        while let Some(count) = requests.due(8)
+            && asked < 100
+        {
+            requests.request(count, Patience::Alone);
+            asked += count;
+            let _ = tokio::time::timeout(Duration::from_secs(60), lapse(&mut requests)).await;
+        }
+        assert!((5..=16).contains(&asked), "{asked}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_outlives_younger_ones_is_not_taken_for_done() {
+        let mut requests = requests();
+        let first = requests.request(255, Patience::Shared);
+        arrive(&mut requests, 128);
+        let second = requests.request(128, Patience::Short);
+        arrive(&mut requests, 128);
+        let third = requests.request(128, Patience::Short);
+        assert_eq!(requests.wanted(), 255);
+        for (request, left, wanted) in [(&second, 64, 191), (&third, 128, 63), (&first, 63, 0)] {
+            told(&mut requests, request, left);
+            assert_eq!(requests.wanted(), wanted);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_message_does_not_leave_one_request_too_many() {
+        let mut requests = requests();
+        requests.request(1, Patience::Short);
+        lapse(&mut requests).await;
+        let second = requests.request(1, Patience::Short);
+        arrive(&mut requests, 1);
+        let third = requests.request(1, Patience::Short);
+        told(&mut requests, &second, 1);
+        assert_eq!(requests.wanted(), 1, "of the third");
+        told(&mut requests, &third, 1);
+        assert_eq!(requests.wanted(), 0);
+    }
+
+    #[tokio::test]
+    async fn without_heartbeats_a_request_is_over_before_silence_is_judged() {
+        for longest in [9, 10, 12].map(Duration::from_secs) {
+            let expires = expires(Patience::Alone, longest);
+            assert_eq!(expires, if longest < HEARTBEAT * 2 { Duration::from_secs(9) } else { longest });
+        }
+        assert_eq!(expires(Patience::Glance, Duration::MAX), Patience::Glance.expires());
     }
 
     #[tokio::test(start_paused = true)]

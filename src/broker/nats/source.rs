@@ -29,6 +29,9 @@ const ON_THEIR_WAY: Duration = Duration::from_millis(100);
 /// How long `cancel` waits for the client to end the subscription.
 const UNSUBSCRIBED: Duration = Duration::from_secs(1);
 
+/// How long `cancel` takes at most. What is not handed back by then comes again after `ack_wait`.
+const HANDED_BACK: Duration = Duration::from_secs(5);
+
 /// A durable, pulled: never more is asked for than can be taken in hand.
 pub(super) struct Pull {
     /// `None` once it has ended.
@@ -138,7 +141,7 @@ impl Pull {
 
     fn read(&mut self, frame: async_nats::Message) -> Result<Arrived, BrokerError> {
         self.silence.broken();
-        match frame.status {
+        match frame.status.filter(|_| !is_stored(&frame)) {
             None | Some(StatusCode::OK) => Ok(self.delivery(frame).map_or(Arrived::Word, Arrived::Delivery)),
             Some(status) => self.requests.status(status, &frame).map(|()| Arrived::Word),
         }
@@ -182,7 +185,9 @@ impl Pull {
 
     /// Ends it, and hands back what has arrived.
     pub(super) fn cancel(&mut self) -> BoxFuture<()> {
-        let Some(frames) = self.frames.take() else { return Box::pin(async {}) };
+        let Some(frames) = self.frames.take().filter(|_| self.requests.may_bring_more()) else {
+            return Box::pin(async {});
+        };
         let (client, info, wanted) = (self.client.clone(), self.info.clone(), self.requests.wanted());
         Box::pin(HandBack { frames, client, info, wanted, replies: Vec::new() }.run())
     }
@@ -201,7 +206,12 @@ struct HandBack {
 impl HandBack {
     /// Gives back only after the subscription has ended: a nak before that would bring the
     /// message here again.
-    async fn run(mut self) {
+    async fn run(self) {
+        // Every step may wait for room in the client's queue, and that for a connection.
+        let _ = timeout(HANDED_BACK, self.steps()).await;
+    }
+
+    async fn steps(mut self) {
         self.collect_what_is_on_its_way().await;
         self.unsubscribe().await;
         self.forget_requests().await;
@@ -238,7 +248,7 @@ impl HandBack {
     }
 
     fn keep(&mut self, frame: async_nats::Message) {
-        if frame.status.is_none() {
+        if frame.status.is_none() || is_stored(&frame) {
             self.replies.extend(frame.reply);
         }
     }
@@ -347,6 +357,11 @@ impl Subscription for CoreSource {
     fn close(mut self: Box<Self>) -> BoxFuture<()> {
         self.cancel()
     }
+}
+
+/// A message of a stream may have a first header line that reads as a word of the server's, if its sender wrote it there.
+fn is_stored(frame: &async_nats::Message) -> bool {
+    frame.reply.as_ref().is_some_and(|reply| Place::read(reply).is_some())
 }
 
 /// Splits a message of your own `async-nats` loop into what the layers take and the right to

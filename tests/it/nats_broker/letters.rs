@@ -81,7 +81,7 @@ async fn a_letter_shows_all_that_the_stream_keeps_of_it() {
     let (letterbox, begin) = (Letterbox::new(|_| {}).await, SystemTime::now());
     letterbox.send("first").await;
     let headers = b"Nats-Msg-Id:order-17\r\nh: 1\r\nh:2 \r\ncontent-type: text/plain\r\nempty:\r\n";
-    send_raw(&env("GUESTLIST_NATS_URL"), &letterbox.subject, headers, b"\0\xff");
+    send_raw(&env("GUESTLIST_NATS_URL"), &letterbox.subject, b"", headers, b"\0\xff");
     until("both are stored", || async { letterbox.stored().await == 2 }).await;
     let letters = rest(&mut letterbox.walk().await).await;
     let message = &letters[1].message;
@@ -110,7 +110,13 @@ async fn headers_that_the_client_cannot_read_hide_neither_their_letter_nor_those
         b"\xff\0\r\n\xfe",
     ];
     for block in odd {
-        send_raw(&env("GUESTLIST_NATS_URL"), &letterbox.subject, &[block, b"ok: yes\r\n"].concat(), b"odd");
+        send_raw(
+            &env("GUESTLIST_NATS_URL"),
+            &letterbox.subject,
+            b"",
+            &[block, b"ok: yes\r\n"].concat(),
+            b"odd",
+        );
     }
     letterbox.send("last").await;
     let letters = rest(&mut letterbox.walk().await).await;
