@@ -149,8 +149,8 @@ impl Requests {
         }
     }
 
-    /// Nobody tells when a request has brought all: it has if the later ones can bring all that is wanted. If not, it is
-    /// over before them, or it has to be kept.
+    /// Nobody tells when a request has brought all. It counts as done when the later ones can bring all that is wanted; but
+    /// not while it may outlive one of them, whose end would then take away what this one still brings.
     fn drop_the_done(&mut self) {
         while let Some(first) = self.asked.front()
             && self.all_asked() - first.count >= self.wanted
@@ -222,7 +222,7 @@ impl Requests {
         })
     }
 
-    /// Whether any is.
+    /// Takes off what came to nothing, and what no request is left for. Whether that was any.
     fn less(&mut self, left: usize) -> bool {
         let before = self.wanted;
         self.wanted = before.saturating_sub(left).min(self.all_asked());
